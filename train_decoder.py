@@ -1,0 +1,135 @@
+"""Stage 1: train the prompt generator and the decoder.
+
+The true continuation's embedding x is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine schedule shifted
+towards low noise; the prompt generator turns (z_t, alpha^2) into 8 soft tokens between prefix and continuation; the loss
+is the cross-entropy of all real tokens. So the decoder learns to obey a proposal as far as it can be trusted.
+
+    python train_decoder.py config/toy.py
+    python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz
+    python train_decoder.py                                              # the paper: gpt2-large on c4, one large GPU
+
+The same command again continues an interrupted run.
+"""
+
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from configurator import check, run
+from model import (
+    GPT,
+    Data,
+    Decoder,
+    GPTConfig,
+    PromptGenerator,
+    autocast,
+    cosine_log_snr,
+    data_name,
+    diffuse,
+    generator_at,
+    make_tokenizer,
+    pick_device,
+    train,
+    write,
+    write_ranks,
+)
+
+dataset = "c4"  # what prepare.py prepared, by its name or path
+out_dir = ""  # where the model goes; default out/DATASET
+init_from = "gpt2-large"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder of that format, or scratch
+n_layer = 6  # decoder from scratch: blocks
+n_head = 6  # decoder from scratch: attention heads
+n_embd = 384  # decoder from scratch: width
+generator_width = 768  # prompt generator: width, a multiple of 64
+generator_layers = 6  # prompt generator: blocks
+soft_tokens = 8  # prompt generator: tokens that it writes
+noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this
+batch_size = 64  # windows in a forward pass
+gradient_accumulation = 1  # forward passes in a step
+max_iters = 250_000  # optimizer steps
+learning_rate = 5e-6  # at its peak
+warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0
+weight_decay = 1e-7  # shrinkage of the matrices a step, independent of the rate
+beta1 = 0.9  # AdamW
+beta2 = 0.99  # AdamW
+grad_clip = 1.0  # largest norm of the gradient
+eval_interval = 5000  # steps between validations, each with a checkpoint
+eval_rows = 2048  # validation windows
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+compile = False  # torch.compile
+resume = True  # continue the checkpoint in out_dir, if there is one
+seed = 1337  # fixes everything
+
+NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the validation
+
+
+def main(settings):
+    place = pick_device(device)
+    data = Data(dataset)
+    folder = out_dir or f"out/{data_name(dataset)}"
+    torch.manual_seed(seed)
+    if init_from == "scratch":
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        positions = data.meta["block_size"] + soft_tokens
+        gpt = GPT(GPTConfig(vocab_size=data.meta["vocab_size"], n_positions=positions, **sizes))
+    else:
+        gpt = GPT.from_pretrained(init_from)
+        vocab, positions = gpt.config.vocab_size, gpt.config.n_positions
+        check(
+            vocab == data.meta["vocab_size"],
+            f"{data.folder} has a tokenizer of {data.meta['vocab_size']} entries, {init_from} of {vocab}: "
+            f"prepare the data with --vocab_size={vocab}",
+        )
+        check(data.meta["block_size"] + soft_tokens <= positions, f"{init_from} has only {positions} positions")
+    E = data.meta["E"]
+    generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
+    network = {"gpt": asdict(gpt.config), "generator": generator}
+    decoder = Decoder(gpt, PromptGenerator(**generator)).to(place)
+    tokenizer = make_tokenizer(data.ranks())
+    os.makedirs(folder, exist_ok=True)
+    write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (decoder.gpt, decoder.generator)]
+    print(f"decoder {counts[0]:.1f} M weights, prompt generator {counts[1]:.1f} M, on {place}")
+    print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
+
+    def loss(index, rng):
+        tokens, length, split, x = data.rows("train", index, ("tokens", "length", "split", "cont_emb"), place)
+        log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=place), noise_scale)
+        z = diffuse(x, torch.randn(x.shape, generator=rng, device=place), log_snr)
+        value = decoder(tokens, length, split, z, log_snr.sigmoid())
+        return value, value
+
+    @torch.no_grad()
+    def evaluate():
+        """Loss of the continuations at fixed noise levels, and with the proposals of other rows; prints two texts."""
+        decoder.eval()
+        rows = np.arange(min(eval_rows, data.size("val")))
+        totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
+        for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
+            tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
+            eps = torch.randn(x.shape, generator=generator_at(place, seed, batch), device=place)
+            for level in totals:
+                sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
+                alpha2 = torch.full((len(x),), 1 - sigma2, device=place)
+                z = (1 - sigma2) ** 0.5 * (x.roll(1, 0) if level == "shuffled" else x) + sigma2**0.5 * eps
+                with autocast(place):
+                    value = decoder(tokens, length, split, z, alpha2, continuation_only=True)
+                totals[level] += value.item() * len(index) / len(rows)
+        index = rows[:2]
+        tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
+        prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
+        texts = write(decoder, tokenizer, prompts, x, 32, generator=generator_at(place, seed), top_p=0.9)
+        for row, end, n, text in zip(tokens, length, split, texts):
+            print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
+            print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
+        decoder.train()
+        listens = totals["shuffled"] - totals["low"]
+        return {"loss": sum(totals[k] for k in NOISE_LEVELS) / len(NOISE_LEVELS), **totals, "listens": listens}
+
+    train("decoder", folder, settings, data, decoder, network, {}, decoder.state_dict, loss, evaluate)
+
+
+if __name__ == "__main__":
+    run(main, globals())
