@@ -894,12 +894,12 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
 
     Every random number is a function of (seed, step), so a resumed run takes the very steps of one never stopped.
     """
-    s, device = settings, next(module.parameters()).device.type
+    s, device = settings, str(next(module.parameters()).device)
     check(min(s["batch_size"], s["gradient_accumulation"], s["max_iters"], s["eval_interval"]) >= 1,
           "batch_size, gradient_accumulation, max_iters and eval_interval must be at least 1")
     check(s["learning_rate"] > 0, "learning_rate must be positive")
     optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
-    scaler = torch.amp.GradScaler(device, enabled=precision(device) == torch.float16)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
     live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
     meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
     if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
@@ -931,12 +931,14 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
         if after_step:
             after_step(step)
         counted += 1
-        if counted % 10 == 0:
-            bar.set_postfix(loss=f"{total.item() / counted:.4f}", rate=f"{rate:.1e}", refresh=False)
-        if (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]:
-            check(math.isfinite(total.item()), f"the loss is not a number by step {step + 1}: lower --learning_rate; "
-                  f"the checkpoint of step {meta['step']} in {folder} is good")
-            record = {"step": step + 1, "train": total.item() / counted} | evaluate()
+        due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
+        if counted % 10 == 0 or due:
+            mean_loss = total.item() / counted
+            check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
+                  f"{folder} keeps the checkpoint of step {meta['step']}")
+            bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
+        if due:
+            record = {"step": step + 1, "train": mean_loss} | evaluate()
             bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
             history.append(record)

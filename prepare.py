@@ -297,7 +297,7 @@ def windows(bpe, flags, text, number):
     tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
     if not text.strip() or dataset == "c4" and len(tokens) >= 0.25 * len(text):
         return []
-    rng = np.random.default_rng((seed, number))
+    rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
     pieces = list(cut(tokens, block_size, flags))
     out = [(piece, split_point(piece, flags, rng)) for piece in pieces]
     if len(pieces[-1]) < block_size:  # room for the end of the document; it is nobody's whole continuation

@@ -58,10 +58,11 @@ def main(settings):
     print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)
     options = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale, "sigma2": sigma2, "top_p": top_p}
     options |= {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    options["progress"] = lambda levels: tqdm(levels, desc="diffuse", leave=False)
     texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, batch_size, **options)
     rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
     records = []
-    for before, (text, proposal) in zip(rows, tqdm(texts, total=len(rows), disable=len(rows) <= batch_size)):
+    for before, (text, proposal) in zip(rows, texts):
         print(before + text, flush=True)
         if out:
             records.append({"prefix": before, "continuation": text, "guide": guide, "seed": seed, "proposal": proposal})

@@ -120,7 +120,9 @@ def main(settings):
         index = rows[:2]
         tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
         prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
-        texts = write(decoder, tokenizer, prompts, x, 32, generator=generator_at(place, seed), top_p=0.9)
+        room = positions - soft_tokens - max(map(len, prompts))
+        options = {"generator": generator_at(place, seed), "top_p": 0.9}
+        texts = write(decoder, tokenizer, prompts, x, min(32, room), **options)
         for row, end, n, text in zip(tokens, length, split, texts):
             print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
             print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")

@@ -120,7 +120,9 @@ def main(settings):
         true, other = (F.cosine_similarity(proposed * std + mean, y * std + mean).mean().item() for y in (x, x.roll(1, 0)))
         if decoder is not None:
             prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
-            texts = write(decoder, tokenizer, prompts, proposed[:2], 32, generator=generator_at(place, seed), top_p=0.9)
+            room = decoder.gpt.config.n_positions - decoder.generator.K - max(map(len, prompts))
+            options = {"generator": generator_at(place, seed), "top_p": 0.9}
+            texts = write(decoder, tokenizer, prompts, proposed[:2], min(32, room), **options)
             for prompt, text in zip(prompts, texts):
                 print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
         return {**totals, "cosine": true, "cosine_shuffled": other}

@@ -16,7 +16,7 @@ train_decoder = {
     "generator_width": 128,
     "generator_layers": 2,
     "batch_size": 64,
-    "max_iters": 1500,
+    "max_iters": 1000,
     "learning_rate": 2e-3,
     "warmup_iters": 100,
     "eval_interval": 500,

@@ -1,0 +1,167 @@
+"""The samplers and guidance against closed forms. Run: python -m pytest tests/test_sampling.py"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configurator import InputError
+from model import Probe, alpha_sigma, parse_guide, sample
+
+
+def gaussian(mean, cov):
+    """The ideal v for data N(mean, cov), in closed form."""
+
+    def denoiser(z, x_pref, alpha2, absent):
+        alpha, sigma = alpha2[0].sqrt(), (1 - alpha2[0]).sqrt()
+        gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(len(mean)))
+        x = mean + (z - alpha * mean) @ gain.T
+        return (alpha * z - x) / sigma.clamp(min=1e-6)
+
+    return denoiser
+
+
+def mixture(means, deviation, shares):
+    """The ideal v for data that is a mixture of N(mean_k, deviation^2)."""
+    means, shares = torch.as_tensor(means), torch.as_tensor(shares)
+
+    def denoiser(z, x_pref, alpha2, absent):
+        alpha, sigma = alpha2[:1].sqrt(), (1 - alpha2[:1]).sqrt()
+        total = (alpha * deviation) ** 2 + sigma**2
+        log_w = shares.log() - (z[:, None] - alpha * means).square().sum(-1) / (2 * total)
+        at = means + alpha * deviation**2 / total * (z[:, None] - alpha * means)  # E[x | z, component]
+        x = (log_w.softmax(-1)[..., None] * at).sum(1)
+        return (alpha * z - x) / sigma.clamp(min=1e-6)
+
+    return denoiser
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250), ("dpm++", 250), ("dpm++", 20)])
+def test_samplers_recover_a_gaussian(sampler, steps):
+    mean, cov = torch.tensor([1.0, -0.5]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])
+    n = 40_000
+    generator = torch.Generator().manual_seed(0)
+    x = sample(gaussian(mean, cov), torch.zeros(n, 2), steps=steps, sampler=sampler, generator=generator)
+    torch.testing.assert_close(x.mean(0), mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(x.T.cov(), cov, atol=0.03, rtol=0)
+
+
+def log_p_right(x, slope=2.0):
+    """A linear probe: log p(right | x) = log sigmoid(slope * x_0)."""
+    return F.logsigmoid(slope * x[..., 0])
+
+
+@pytest.fixture(scope="module")
+def shares():
+    """Share of samples in the right one of two components, by guidance weight, and the posterior's true share."""
+    means, deviation, n = [[-1.0, 0.0], [1.0, 0.0]], 0.5, 4000
+    denoiser, found = mixture(means, deviation, [0.5, 0.5]), {}
+    for weight in (0.0, 0.5, 1.0, 2.0, 5.0):
+        generator = torch.Generator().manual_seed(1)
+        guides = [(log_p_right, weight)] if weight else []
+        x = sample(denoiser, torch.zeros(n, 2), guides=guides, steps=100, generator=generator)
+        found[weight] = (x[:, 0] > 0).float().mean().item()
+    x = torch.tensor(means)[torch.arange(n * 50) % 2] + deviation * torch.randn(n * 50, 2)
+    p = log_p_right(x).exp()
+    return found, (p * (x[:, 0] > 0)).sum().item() / p.sum().item()
+
+
+def test_guidance_at_weight_one_comes_near_the_posterior(shares):
+    found, posterior = shares
+    assert found[0.0] == pytest.approx(0.5, abs=0.03)
+    assert found[1.0] == pytest.approx(posterior, abs=0.06)
+
+
+def test_guidance_moves_with_the_weight(shares):
+    found = list(shares[0].values())
+    assert found == sorted(found) and found[-1] > 0.97
+
+
+def test_guidance_of_a_gaussian_by_a_log_linear_probe_shifts_the_mean():
+    """For p(y | x) = exp(a x), which has no bound but is exact, the posterior of N(0, 1) is N(a, 1)."""
+    a = 0.7
+    guides = [(lambda x: a * x[..., 0], 1.0)]
+    denoiser = gaussian(torch.zeros(2), torch.eye(2))
+    generator = torch.Generator().manual_seed(0)
+    x = sample(denoiser, torch.zeros(20_000, 2), guides=guides, steps=250, generator=generator)
+    torch.testing.assert_close(x.mean(0), torch.tensor([a, 0.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(2), atol=0.05, rtol=0)
+
+
+def test_two_guides_add():
+    denoiser = gaussian(torch.zeros(2), torch.eye(2))
+    guides = [(lambda x: x[..., 0], 1.0), (lambda x: -0.5 * x[..., 1], 2.0)]
+    generator = torch.Generator().manual_seed(0)
+    x = sample(denoiser, torch.zeros(20_000, 2), guides=guides, steps=250, generator=generator)
+    torch.testing.assert_close(x.mean(0), torch.tensor([1.0, -1.0]), atol=0.05, rtol=0)
+
+
+def test_guidance_is_the_log_of_the_mean_likelihood():
+    """At one noise level, against the gradient of log E[p(y | x)] computed with very many points."""
+    from model import predict
+
+    denoiser = mixture([[-1.0, 0.0], [1.0, 0.0]], 0.5, [0.5, 0.5])
+    z, log_snr = torch.tensor([[0.3, -0.2]]), torch.tensor([0.5])
+    args = (denoiser, z, log_snr, torch.zeros(1, 2), torch.zeros(1, dtype=torch.bool), 1.0)
+    _, plain = predict(*args, [], 0, None)
+    _, guided = predict(*args, [(log_p_right, 1.0)], 200_000, torch.Generator().manual_seed(0))
+
+    z = z.clone().requires_grad_()
+    alpha, sigma = alpha_sigma(log_snr)
+    x = alpha * z - sigma * denoiser(z, None, log_snr.sigmoid(), None)
+    at = torch.linspace(-8, 8, 4001)
+    density = torch.exp(-(at**2) / 2)
+    likelihood = log_p_right(x[0, 0] + (sigma / alpha)[0, 0] * at[:, None]).exp()
+    (gradient,) = torch.autograd.grad(torch.log((likelihood * density).sum() / density.sum()), z)
+    torch.testing.assert_close(guided, plain - sigma * gradient, atol=5e-3, rtol=0)
+
+
+def test_classifier_free_guidance_extrapolates_from_the_null_vector():
+    def denoiser(z, x_pref, alpha2, absent):
+        return torch.where(absent[:, None], -1.0, x_pref)
+
+    from model import predict
+
+    args = (torch.zeros(2, 1), torch.tensor([0.0, 0.0]), torch.tensor([[2.0], [3.0]]), torch.tensor([False, True]))
+    x, _ = predict(denoiser, *args, 2.5, [], 0, None)  # x = -sigma v at z = 0
+    expected = torch.tensor([[2.5 * 2 - 1.5 * -1], [-1.0]])
+    torch.testing.assert_close(x, -math.sqrt(0.5) * expected)
+
+
+def test_sampling_is_a_function_of_the_generator():
+    denoiser = gaussian(torch.zeros(2), torch.eye(2))
+    one, other = (
+        sample(denoiser, torch.zeros(3, 2), steps=5, generator=torch.Generator().manual_seed(7)) for _ in range(2)
+    )
+    assert torch.equal(one, other)
+
+
+def probe(name, *classes):
+    return Probe(name, list(classes), torch.zeros(len(classes), 2), torch.zeros(len(classes)), "encoder")
+
+
+PROBES = [probe("sentiment", "negative", "positive"), probe("mood", "negative", "calm"), probe("topic", "a:b", "sports")]
+
+
+def test_guides_are_read_with_and_without_weights():
+    read = [(p.name, i, w) for p, i, w in parse_guide("sentiment=negative:30, sports,calm:0.5", PROBES, 20.0)]
+    assert read == [("sentiment", 0, 30.0), ("topic", 1, 20.0), ("mood", 1, 0.5)]
+    assert parse_guide("none", PROBES, 20.0) == parse_guide("", PROBES, 20.0) == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("negative", "sentiment=negative or mood=negative"),
+        ("sad", "no probe has a class 'sad'"),
+        ("sports:", "must be a number"),
+        ("sports:-1", "must be a number"),
+        ("sports:nan", "must be a number"),
+        ("sports:1e999", "must be a number"),
+        (",", "no probe has a class ''"),
+    ],
+)
+def test_a_guide_that_cannot_be_meant_is_refused(text, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        parse_guide(text, PROBES, 20.0)

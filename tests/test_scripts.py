@@ -1,0 +1,351 @@
+"""Every script, as users type it, on the toy. Run: python -m pytest tests/test_scripts.py"""
+
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configurator import run
+from prepare import OPENING, judge_text, pick_one
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DECODER = "train_decoder.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
+DIFFUSION = "train_diffusion.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
+
+
+def python(command, cwd, **kwargs):
+    """`python COMMAND` in the folder; its standard output."""
+    done = subprocess.run([sys.executable, *command.split()], cwd=cwd, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A copy of the project in which the toy's whole path has run, with fewer steps than config/toy.py takes."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in glob.glob(f"{ROOT}/*.py"):
+        shutil.copy(name, folder)
+    shutil.copytree(f"{ROOT}/config", folder / "config")
+    python("prepare.py config/toy.py --max_documents=1500", folder)
+    python("train_decoder.py config/toy.py --max_iters=200 --eval_interval=200 --eval_rows=64", folder)
+    python("train_diffusion.py config/toy.py --max_iters=150 --eval_interval=150 --eval_rows=64", folder)
+    python("probes.py config/toy.py", folder)
+    with open(folder / "prefixes.txt", "w") as f:
+        f.writelines(pick_one(OPENING, np.random.default_rng(i)) + ".\n" for i in range(8))
+    return folder
+
+
+def sampled(project, guide, extra=""):
+    command = f"sample.py --prefix FILE:prefixes.txt --guide {guide} --num_samples 6 --max_new_tokens 40 --out s.jsonl"
+    python(f"{command} {extra}", project)
+    with open(project / "s.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_guidance_steers_the_text_by_the_grammars_own_truth(project):
+    """From neutral prefixes. The probes that guide do not judge."""
+    share = {}
+    for guide in ("negative", "positive"):
+        verdicts = [judge_text(row["continuation"])[0] for row in sampled(project, guide)]
+        share[guide] = verdicts.count("negative") / len(verdicts)
+    assert share["negative"] - share["positive"] > 0.5, share
+
+
+def test_two_guides_steer_together(project):
+    rows = sampled(project, "negative:20,food:20")
+    alone = sampled(project, "none")
+    hits = [sum(judge_text(r["continuation"])[:2] == ("negative", "food") for r in x) for x in (rows, alone)]
+    assert hits[0] > hits[1] + 4, hits
+
+
+def test_sample_writes_what_it_promises(project):
+    rows = sampled(project, "sentiment=negative", "--seed 5 --steps 2")
+    assert len(rows) == 48
+    for row in rows:
+        assert set(row) == {"prefix", "continuation", "guide", "seed", "similarity", "sentiment", "topic"}
+        assert row["guide"] == "sentiment=negative" and row["seed"] == 5
+        assert sum(row["sentiment"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_same_command_gives_the_same_text_and_another_seed_another(project):
+    one, again, other = (python(f"sample.py --steps 3 --num_samples 2 --seed {s}", project) for s in (1, 1, 2))
+    assert one == again != other
+    assert len(one.splitlines()) == 2 and one.strip()  # with no prefix at all
+
+
+def test_the_judge_reads_the_samples(project):
+    sampled(project, "negative", "--steps 2")
+    assert "negative" in python("prepare.py --judge s.jsonl", project)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_other_samplers_and_classifier_free_guidance_run(project, sampler):
+    assert python(f"sample.py --sampler {sampler} --steps 3 --cfg_scale 2 --guide sports:5", project).strip()
+
+
+def digest(folder):
+    """{relative path: SHA-256} of all files below."""
+    paths = [p for p in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(p)]
+    return {os.path.relpath(p, folder): hashlib.sha256(open(p, "rb").read()).hexdigest() for p in paths}
+
+
+def kill_when(arguments, cwd, condition):
+    """Starts python, waits until the condition holds, and kills it as a power cut would."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not condition():
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_prepare_resumes_to_the_same_bytes(project, tmp_path):
+    code = "import prepare, configurator; prepare.SHARD = 64; configurator.run(prepare.main, vars(prepare), "
+    code += "['config/toy.py', '--max_documents=300'])"
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copytree(project / "config", folder / "config")
+    env = os.environ | {"PYTHONPATH": str(project)}
+    subprocess.run([sys.executable, "-c", code], cwd=folders[0], check=True, capture_output=True, env=env)
+    os.environ["PYTHONPATH"] = str(project)
+    try:
+        kill_when(["-c", code], folders[1], lambda: os.path.exists(folders[1] / "data/toy/progress.json"))
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert not os.path.exists(folders[1] / "data/toy/meta.json")
+    subprocess.run([sys.executable, "-c", code], cwd=folders[1], check=True, capture_output=True, env=env)
+    assert digest(folders[0] / "data") == digest(folders[1] / "data")
+
+
+@pytest.mark.parametrize("name, command", [("decoder", DECODER), ("diffusion", DIFFUSION)])
+def test_training_resumes_to_the_same_losses_and_weights(project, name, command):
+    python(f"{command} --out_dir=out/whole", project)
+
+    def saved():
+        path = project / f"out/killed/{name}.json"
+        return path.exists() and json.loads(path.read_text())["step"] == 10
+
+    kill_when([*command.split(), "--out_dir=out/killed"], project, saved)
+    said = python(f"{command} --out_dir=out/killed", project)
+    assert "at step 10" in said
+    whole, killed = (json.loads((project / f"out/{f}/{name}.json").read_text()) for f in ("whole", "killed"))
+    assert [h["train"] for h in whole["history"]] == [h["train"] for h in killed["history"]]
+    assert whole["history"] == killed["history"]
+    assert whole["weights"]["sha256"] == killed["weights"]["sha256"]
+    assert whole["state"]["sha256"] == killed["state"]["sha256"]
+
+
+def test_gradient_accumulation_sees_the_same_rows(project):
+    """Twice 32 rows a step read the epoch in the order in which once 64 rows read it."""
+    from model import batch_index
+
+    once = batch_index(1000, 64, 3, seed=1)
+    twice = np.concatenate([batch_index(1000, 32, n, seed=1) for n in (6, 7)])
+    assert (once == twice).all()
+    epoch = np.concatenate([batch_index(1000, 50, n, seed=1) for n in range(20)])
+    assert sorted(epoch) == list(range(1000))
+
+
+# ---- bad input: one line on standard error, exit status 2 ----------------------------------------------------------
+
+
+def call(project, command, capsys, monkeypatch):
+    """A script's main with these arguments, in this process -> exit status, the last line of standard error."""
+    monkeypatch.chdir(project)
+    script, *arguments = command.split()
+    spec = importlib.util.spec_from_file_location("script", project / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as e:
+        run(module.main, vars(module), arguments)
+    return e.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+FILES = {
+    "empty.jsonl": "",
+    "no_text.jsonl": '{"text": "fine"}\n{"body": "no"}\n',
+    "not_json.jsonl": '{"text": "fine"}\nplain words\n',
+    "one_label.jsonl": '{"text": "fine", "label": "x"}\n' * 20,
+    "no_label.jsonl": '{"text": "fine"}\n',
+    "few.jsonl": '{"text": "fine", "label": "x"}\n' * 20 + '{"text": "bad", "label": "y"}\n',
+    "blank.txt": "\n\n",
+    "binary.txt": b"\xff\xfe\x00",
+    "cut.jsonl.gz": b"\x1f\x8b\x08\x00\x00\x00",
+    "bad.tiktoken": "no ranks here",
+}
+MINI = "--encoder=all-MiniLM-L6-v2 --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300"
+
+BAD = [
+    ("sample.py --num_sample=3", "did you mean num_samples?"),
+    ("sample.py --steps=many", "steps is a int"),
+    ("sample.py --steps=0", "steps=0"),
+    ("sample.py --sampler=euler", "unknown sampler"),
+    ("sample.py --guide=sad", "no probe has a class 'sad'"),
+    ("sample.py --out_dir=nowhere", "nowhere/decoder.json is missing"),
+    ("sample.py --prefix=FILE:nowhere.txt", "nowhere.txt"),
+    ("sample.py --prefix=FILE:blank.txt", "holds no prefix"),
+    ("sample.py --prefix=FILE:long.txt", "too long"),
+    ("sample.py --sigma2=2", "sigma2=2.0"),
+    ("sample.py --top_p=0", "top_p"),
+    ("sample.py --device=gpu", "no device 'gpu'"),
+    ("sample.py --device=cuda:77", "no device 'cuda:77'"),
+    ("sample.py --out=nowhere/s.jsonl --steps=1", "cannot write nowhere/s.jsonl"),
+    ("sample.py config/none.py", "cannot read config file"),
+    (f"prepare.py --dataset=empty.jsonl {MINI}", "0 documents"),
+    (f"prepare.py --dataset=blank.txt {MINI}", "0 documents"),
+    (f"prepare.py --dataset=no_text.jsonl {MINI}", 'no_text.jsonl, row 2: no field "text"'),
+    (f"prepare.py --dataset=not_json.jsonl {MINI}", "not_json.jsonl, line 2"),
+    (f"prepare.py --dataset=binary.txt {MINI}", "binary.txt"),
+    (f"prepare.py --dataset=cut.jsonl.gz {MINI}", "cannot read cut.jsonl.gz"),
+    (f"prepare.py --dataset=nowhere.txt {MINI}", "there is no dataset 'nowhere.txt'"),
+    ("prepare.py --dataset=blank.txt --tokenizer=bad.tiktoken", "bad.tiktoken"),
+    ("prepare.py --dataset=blank.txt --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=9999", "vocab_size=9999"),
+    ("prepare.py config/toy.py --block_size=20", "made with other max_documents, block_size"),
+    ("prepare.py --judge=no_text.jsonl", "not a file of sample.py"),
+    ("probes.py", "say --data"),
+    ("probes.py --data=one_label.jsonl", "the only label is 'x'"),
+    ("probes.py --data=no_label.jsonl", 'row 1: no field "label"'),
+    ("probes.py --data=few.jsonl", "only 1 rows with the label 'y'"),
+    ("probes.py --data=empty.jsonl", "holds no labelled text"),
+    ("probes.py --data=mystery", "sentiment, toxicity, topic"),
+    ("train_decoder.py --dataset=unprepared", "run python prepare.py --dataset unprepared"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --init_from=out/toy", "config.json is missing"),
+    ("train_decoder.py config/toy.py --n_embd=192", "holds another network"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=0", "must be at least 1"),
+    ("train_diffusion.py config/toy.py --layers=3", "n=3 by 2"),
+]
+
+
+@pytest.fixture(scope="session")
+def bad_files(project):
+    for name, content in FILES.items():
+        (project / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (project / "long.txt").write_text("The soup was really excellent. " * 20)
+
+
+@pytest.mark.parametrize("command, message", BAD, ids=[c for c, _ in BAD])
+def test_bad_input_is_one_clear_line(project, bad_files, command, message, capsys, monkeypatch):
+    status, line = call(project, command, capsys, monkeypatch)
+    assert status == 2 and message in line and line.startswith(command.split()[0])
+
+
+def spoil(folder, project, change):
+    """A copy of the toy's model in out/NAME, with one thing changed."""
+    target = project / "out" / folder
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(project / "out/toy", target)
+    change(target)
+
+
+def cut_weights(target):
+    (path,) = glob.glob(f"{target}/decoder-??????.safetensors")
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def flip_a_byte(target):
+    (path,) = glob.glob(f"{target}/diffusion-??????.safetensors")
+    with open(path, "r+b") as f:
+        f.seek(-1000, os.SEEK_END)
+        byte = f.read(1)
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte[0] ^ 1]))
+
+
+def edit_json(name, **changes):
+    def change(target):
+        meta = json.loads((target / name).read_text())
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            node = meta
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+        (target / name).write_text(json.dumps(meta))
+
+    return change
+
+
+def foreign_probe(target):
+    fields = dict(np.load(target / "probes/topic.npz"))
+    np.savez(target / "probes/topic.npz", **fields | {"encoder": np.array("sentence-t5-xl")})
+
+
+def no_probe(target):
+    (target / "probes/topic.npz").write_bytes(b"PK\x03\x04 cut short")
+
+
+def other_tokenizer(target):
+    lines = (target / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+    (target / "tokenizer.tiktoken").write_bytes(b"".join(lines[:-1]))
+
+
+SPOILT = [
+    (cut_weights, "damaged or cut short"),
+    (flip_a_byte, "is damaged"),
+    (edit_json("decoder.json", network__gpt__n_embd=256), "has other shapes"),
+    (edit_json("diffusion.json", format=99), "not a checkpoint of this version"),
+    (edit_json("diffusion.json", data__encoder="other"), "trained on different data"),
+    (lambda target: (target / "decoder.json").write_text("{"), "cannot read"),
+    (foreign_probe, "is a probe of the encoder sentence-t5-xl"),
+    (no_probe, "is not a probe"),
+    (other_tokenizer, "is not the tokenizer"),
+]
+
+
+@pytest.mark.parametrize("change, message", SPOILT, ids=[m for _, m in SPOILT])
+def test_a_spoilt_model_is_named(project, change, message, capsys, monkeypatch):
+    spoil("spoilt", project, change)
+    status, line = call(project, "sample.py --out_dir=out/spoilt", capsys, monkeypatch)
+    assert status == 2 and message in line
+    shutil.rmtree(project / "out/spoilt")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [("format", 99, "has data format 99"), ("encoder", "other", "trained on other data"), ("E", 768, "meta.json says")],
+)
+def test_data_of_another_kind_is_refused(project, name, value, message, capsys, monkeypatch):
+    """Another format version; another encoder than the model's; arrays of another width."""
+    path = project / "data/toy/meta.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {name: value}))
+    try:
+        status, line = call(project, "train_diffusion.py config/toy.py", capsys, monkeypatch)
+    finally:
+        path.write_text(before)
+    assert status == 2 and message in line
+
+
+def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stands(project):
+    python(f"{DECODER} --out_dir=out/full --max_iters=10", project)
+    before = digest(project / "out/full")
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+    code = limit + "sys.argv = sys.argv[1:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, *f"{DECODER} --out_dir=out/full".split()]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write out/full/decoder-000020" in done.stderr.splitlines()[-1]
+    assert digest(project / "out/full") == before
+
+
+def test_no_network_is_one_clear_line_that_names_the_offline_way(project):
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project / "hf"), "HF_HUB_OFFLINE": "0"}
+    commands = {
+        "probes.py --data=topic --out_dir=out/toy": "SetFit/ag_news",
+        "train_decoder.py config/toy.py --out_dir=out/x --init_from=gpt2": "openai-community/gpt2",
+        f"prepare.py --dataset=one_label.jsonl {MINI} --encoder=sentence-transformers/sentence-t5-xl": "sentence-t5-xl",
+    }
+    for command, name in commands.items():
+        done = subprocess.run([sys.executable, *command.split()], cwd=project, env=env, capture_output=True, text=True)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and name in last and "without a network" in last, done.stderr
