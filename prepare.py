@@ -305,6 +305,20 @@ def windows(bpe, flags, text, number):
     return out
 
 
+def shards(texts, done, bpe, flags, bar):
+    """Pairs (number, text) -> yields ({split: [(tokens, split), ...]}, documents done), every SHARD windows or so."""
+    shard = {"train": [], "val": []}
+    for number, text in texts:
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which are no text
+        shard["val" if number % val_every == 0 else "train"] += windows(bpe, flags, text, number)
+        done = number + 1
+        bar.update()
+        if len(shard["train"]) + len(shard["val"]) >= SHARD:
+            yield shard, done
+            shard = {"train": [], "val": []}
+    yield shard, done
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays on disk, which grow shard by shard
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,20 +401,11 @@ def main(settings):
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
 
-    total = max_documents if dataset in ("toy", "c4") else None
-    bar = tqdm(total=total, initial=progress["documents"], desc=folder, unit=" documents", dynamic_ncols=True)
-    shard, waiting = {"train": [], "val": []}, 0
     done = progress["documents"]
-    texts = enumerate(itertools.islice(source, max_documents))
-    for number, text in itertools.chain(itertools.dropwhile(lambda x: x[0] < done, texts), [(None, None)]):
-        if text is not None:
-            text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which are no text
-            found = windows(bpe, flags, text, number)
-            shard["val" if number % val_every == 0 else "train"] += found
-            waiting += len(found)
-            bar.update()
-            done = number + 1
-        if waiting >= SHARD or text is None and waiting:
+    total = max_documents if dataset in ("toy", "c4") else None
+    texts = itertools.islice(enumerate(source), done, max_documents)
+    with tqdm(total=total, initial=done, desc=folder, unit=" documents", dynamic_ncols=True) as bar:
+        for shard, done in shards(texts, done, bpe, flags, bar):
             for split, batch in shard.items():
                 if batch:
                     columns = embed(batch, bpe, encode, E)
@@ -412,9 +417,7 @@ def main(settings):
                         progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
             progress["documents"] = done
             write_file(progress_path, json.dumps(progress))
-            shard, waiting = {"train": [], "val": []}, 0
             bar.set_postfix(windows=sum(progress["N"].values()))
-    bar.close()
 
     n = progress["N"]
     check(n["train"] and n["val"], f"{dataset}: {done} documents with text; at least 2 are needed")
