@@ -376,18 +376,19 @@ class GPT(nn.Module):
         load_weights(model, own, name)
         return model
 
-    def forward(self, h, positions=None, mask=None, cache=None, end=None):
+    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
         positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: (n_layer, 2, B, n_head,
-        longest, head), in which these T columns end at `end`.
+        longest, head), in which these T columns end at `end`. keep: (B, T) bool, where logits are wanted; they come as
+        (n, vocab_size).
         """
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         h = h + self.wpe(positions)
         for i, block in enumerate(self.h):
             h = block(h, mask, None if cache is None else cache[i], end)
-        return F.linear(self.ln_f(h), self.wte.weight)
+        return F.linear(self.ln_f(h if keep is None else h[keep]), self.wte.weight)
 
     @torch.no_grad()
     def generate(
@@ -484,9 +485,9 @@ class Decoder(nn.Module):
         ignored = place >= length[:, None]
         if continuation_only:
             ignored |= place < split[:, None]
-        targets = insert(tokens.masked_fill(ignored, IGNORE), tokens.new_full(soft_prompt.shape[:2], IGNORE), split)
-        logits = self.gpt(h)[:, :-1]
-        return F.cross_entropy(logits.float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
+        targets = insert(tokens.masked_fill(ignored, IGNORE), tokens.new_full(soft_prompt.shape[:2], IGNORE), split)[:, 1:]
+        keep = targets != IGNORE  # the output layer is a third of a small decoder: none of it for what carries no loss
+        return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
 
 
 @torch.no_grad()
