@@ -155,6 +155,13 @@ def judge_file(path):
         print(f"{guide:28}{len(verdicts):6}" + "".join(f"{s:10.1%}" for s in share))
 
 
+def toy_ranks():
+    """The toy's own tokenizer: each byte, and each whole word of the grammar, with and without a space before it."""
+    words = sorted(set(re.findall(r"[A-Za-z]+", grammar().pattern)))
+    tokens = [bytes([b]) for b in range(256)] + [w.encode() for word in words for w in (word, f" {word}") if len(w) > 1]
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
 def write_toy_labels(folder, seed):
     """sentiment.jsonl and topic.jsonl, for probes.py: single sentences of documents that training does not see."""
     labelled = {"sentiment": [], "topic": []}
@@ -239,12 +246,8 @@ def documents():
 
 def choose_ranks():
     """The BPE ranks of the tokenizer asked for -> {bytes: rank}."""
-    if dataset == "toy":  # each byte, and each whole word of the grammar
-        each = [sentence_patterns(topic, sentiment) for topic in TOPICS for sentiment in SENTIMENTS]
-        phrases = [re.sub(r"[()|]", "\n", str(patterns)) for patterns in each]
-        words = sorted({word for phrase in phrases for word in re.findall(r"[A-Za-z]+", phrase)})
-        tokens = [bytes([b]) for b in range(256)] + [w.encode() for word in words for w in (word, f" {word}") if len(w) > 1]
-        return {token: rank for rank, token in enumerate(tokens)}
+    if dataset == "toy":
+        return toy_ranks()
     if tokenizer == "gpt2":
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
@@ -420,7 +423,8 @@ def main(settings):
             bar.set_postfix(windows=sum(progress["N"].values()))
 
     n = progress["N"]
-    check(n["train"] and n["val"], f"{dataset}: {done} documents with text; at least 2 are needed")
+    what = f"{done} documents gave {n['train']} windows for training and {n['val']} for validation"
+    check(n["train"] and n["val"], f"{dataset}: {what}; both are needed")
     for split in arrays:
         arrays[split].cut_to(n[split])
     mean = np.array(progress["sum"]) / n["train"]
