@@ -1,7 +1,8 @@
-"""Configuration from plain global variables (after nanoGPT's configurator, but a real function, without `exec`).
+"""Configuration from plain global variables (after nanoGPT's configurator, but a real function, without
+`exec`).
 
-A script starts with a block of globals, each with a comment, and ends with `run(main, globals())`. The command line then
-overrides them, left to right:
+A script starts with a block of globals, each with a comment, and ends with `run(main, globals())`. The
+command line then overrides them, left to right:
 
     python train_diffusion.py --batch_size=64                  --key=value
     python train_diffusion.py --batch_size 64                  --key value
@@ -9,22 +10,35 @@ overrides them, left to right:
     python train_diffusion.py config/reviews.py --max_iters 9  a file of `key = value` lines, then an override
     python train_diffusion.py --help                           every variable, its default and its comment
 
-A config file may serve several scripts: `key = value` sets the variable in every script that has it, and a dictionary
-named after a script, `train_decoder = {"batch_size": 64}`, sets it in that script alone. Values are literals: the file is
-parsed, not run.
+A config file may serve several scripts: `key = value` sets the variable in every script that has it, and a
+dictionary named after a script, `train_decoder = {"batch_size": 64}`, sets it in that script alone. Values
+are literals: the file is parsed, not run.
 """
 
 import ast
+import base64
 import difflib
+import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import zlib
+from contextlib import nullcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample")
+DATA_FORMAT = CHECKPOINT_FORMAT = 1
 
 
 class InputError(Exception):
@@ -37,13 +51,22 @@ def check(holds, message):
         raise InputError(message)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+# ------------------------------------------------------------------------------------------------------------
+
+
 def declared(path):
     """The variables at the top of a script -> {name: (default, comment)}, in their order."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id.islower()
+        ):
             comment = re.search(r"#\s*(.*)", lines[node.end_lineno - 1][node.value.end_col_offset :])
             found[node.targets[0].id] = (ast.literal_eval(node.value), comment[1] if comment else "")
     return found
@@ -136,8 +159,38 @@ def parse_arguments(arguments, script, settings):
     return values
 
 
+def run(main, variables, arguments=None):
+    """Override a script's `variables` (its `globals()`) from the command line, then call `main(settings)`.
+
+    settings is the dictionary of all resolved values. Bad input, wherever it is met, ends as one line on
+    standard error and exit status 2; Ctrl-C as exit status 130.
+    """
+    path = variables["__file__"]
+    script = os.path.splitext(os.path.basename(path))[0]
+    settings = declared(path)
+    try:
+        variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
+        main({key: variables[key] for key in settings})
+    except InputError as e:
+        fail(script, e, 2)
+    except OSError as e:  # a full disk, a folder without permission
+        fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
+    except KeyboardInterrupt:
+        fail(script, "interrupted", 130)
+
+
+def fail(script, message, status):
+    print(f"{script}.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files: whole or not at all, and checked when read
+# ------------------------------------------------------------------------------------------------------------
+
+
 def write_file(path, content):
-    """Writes str, bytes or a callable's output (it is given the temporary path) so that `path` is whole or untouched."""
+    """Writes str, bytes, or what the callable writes to the path that it is given: all of it, or nothing."""
     temporary = f"{path}.tmp"
     try:
         if callable(content):
@@ -175,7 +228,9 @@ def read_json_lines(path):
                     check(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
                     yield row
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}, line {number + isinstance(e, UnicodeDecodeError)}: not JSON in UTF-8 ({e})") from None
+        raise InputError(
+            f"{path}, line {number + isinstance(e, UnicodeDecodeError)}: not JSON in UTF-8 ({e})"
+        ) from None
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
 
@@ -185,26 +240,361 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def run(main, variables, arguments=None):
-    """Override a script's `variables` (its `globals()`) from the command line, then call `main(settings)`.
-
-    settings is the dictionary of all resolved values. Bad input, wherever it is met, ends as one line on standard error
-    and exit status 2; Ctrl-C as exit status 130.
+def hub_file(repo, filename, **kwargs):
+    """The local path of a file of the Hugging Face hub, downloaded once. Raises InputError when it cannot
+    be had.
     """
-    path = variables["__file__"]
-    script = os.path.splitext(os.path.basename(path))[0]
-    settings = declared(path)
+    from huggingface_hub import hf_hub_download
+
     try:
-        variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
-        main({key: variables[key] for key in settings})
-    except InputError as e:
-        fail(script, e, 2)
-    except OSError as e:  # a full disk, a folder without permission
-        fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
-    except KeyboardInterrupt:
-        fail(script, "interrupted", 130)
+        return hf_hub_download(repo, filename, **kwargs)
+    except Exception as e:
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        offline = "without a network, give a folder or file of your own, or copy a hub cache and set HF_HOME"
+        raise InputError(f"cannot get {filename} of {repo} from the hub ({why}); {offline}") from None
 
 
-def fail(script, message, status):
-    print(f"{script}.py: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
+def read_ranks(path):
+    """A file of ranks in tiktoken's format (base64 token, space, rank) -> {bytes: rank}. Raises
+    InputError.
+    """
+    try:
+        with open(path, "rb") as f:
+            pairs = [line.split() for line in f.read().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
+    whole = len(ranks) >= 256 and sorted(ranks.values()) == list(range(len(ranks)))
+    check(
+        whole and all(bytes([b]) in ranks for b in range(256)),
+        f"{path} is not a whole tokenizer: ranks are missing",
+    )
+    return ranks
+
+
+def write_ranks(path, ranks):
+    lines = (
+        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+    )
+    write_file(path, b"".join(lines))
+
+
+def read_tensors(path, device="cpu"):
+    try:
+        return load_file(path, device=str(device))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path} is damaged or cut short: {e}") from None
+
+
+def load_weights(module, tensors, source):
+    """load_state_dict that says in one line what does not fit."""
+    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in tensors.items()}
+    for key in sorted(wanted.keys() | given.keys()):
+        here, there = wanted.get(key, "absent"), given.get(key, "absent")
+        check(here == there, f"{source} has other shapes: {key} is {there} there, {here} in this network")
+    module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in tensors.items()})
+
+
+def save_checkpoint(folder, name, meta, weights=None, state=None):
+    """Writes NAME-STEP.safetensors (weights), NAME-STEP.state.safetensors (what resuming needs) and last
+    NAME.json.
+
+    The JSON names the two files and their hashes: until it is replaced the old checkpoint stands, whole,
+    and only then are the old files removed. weights None keeps those of the checkpoint before. meta must
+    hold `step`.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = f"{folder}/{name}.json"
+    old = read_json(path) if os.path.exists(path) else {}
+    files = {k: old[k] for k in ("weights", "state") if k in old}
+    for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
+        if tensors is not None:
+            file = f"{name}-{meta['step']:06d}{suffix}.safetensors"
+            tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+            write_file(f"{folder}/{file}", lambda p, t=tensors: save_file(t, p))
+            files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
+    write_file(path, json.dumps({"format": CHECKPOINT_FORMAT, "kind": name} | meta | files, indent=1) + "\n")
+    keep = {f["file"] for f in files.values()}
+    for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors")):
+        if os.path.basename(stale) not in keep:
+            os.remove(stale)
+
+
+def load_checkpoint(folder, name, key="weights", device="cpu"):
+    """-> (the JSON, the tensors of `key`). Raises InputError where there is none, or it is damaged."""
+    meta = read_json(f"{folder}/{name}.json")
+    check(
+        isinstance(meta, dict)
+        and meta.get("format") == CHECKPOINT_FORMAT
+        and isinstance(meta.get(key), dict),
+        f"{folder}/{name}.json is not a checkpoint of this version (format {CHECKPOINT_FORMAT})",
+    )
+    path = f"{folder}/{meta[key]['file']}"
+    tensors = read_tensors(path, device)
+    check(
+        sha256(path) == meta[key]["sha256"], f"{path} is damaged: it is not the file that {name}.json names"
+    )
+    return meta, tensors
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prepared data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def data_name(dataset):
+    """`reviews.jsonl.gz`, `some/folder/reviews` or `reviews` -> reviews, the folder's name in data/."""
+    return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
+
+
+class Data:
+    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json. Raises
+    InputError.
+    """
+
+    def __init__(self, dataset, root="data"):
+        self.folder = f"{root}/{data_name(dataset)}"
+        if not os.path.exists(f"{self.folder}/meta.json"):
+            raise InputError(
+                f"{self.folder} is not prepared, or only in part: run python prepare.py --dataset {dataset}"
+            )
+        self.meta = read_json(f"{self.folder}/meta.json")
+        version = self.meta.get("format") if isinstance(self.meta, dict) else None
+        check(
+            version == DATA_FORMAT,
+            f"{self.folder} has data format {version}, this version reads {DATA_FORMAT}: prepare it again",
+        )
+        self.splits = {}
+        for split in ("train", "val"):
+            n, E, block_size = self.meta["N"][split], self.meta["E"], self.meta["block_size"]
+            shapes = {
+                "tokens": (n, block_size),
+                "length": (n,),
+                "split": (n,),
+                "prefix_emb": (n, E),
+                "cont_emb": (n, E),
+            }
+            self.splits[split] = {name: self.open(split, name, shape) for name, shape in shapes.items()}
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        self.std = torch.where(self.std < 1e-3, 1.0, self.std)  # some encoders have dead dimensions
+
+    def open(self, split, name, shape):
+        path = f"{self.folder}/{split}/{name}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path} is missing or damaged ({e}): prepare the data again") from None
+        check(
+            array.shape == shape,
+            f"{path} has shape {array.shape}, meta.json says {shape}: prepare the data again",
+        )
+        return array
+
+    def ranks(self):
+        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken")
+        check(
+            len(ranks) + 1 == self.meta["vocab_size"],
+            f"{self.folder}: tokenizer.tiktoken is not that of meta.json",
+        )
+        return ranks
+
+    def identity(self):
+        """What a model trained on this data must be used with."""
+        keys = ("name", "encoder", "E", "vocab_size", "block_size", "tokenizer", "mean")
+        return {k: self.meta[k] for k in keys} | {"std": self.std.tolist()}
+
+    def size(self, split):
+        return len(self.splits[split]["length"])
+
+    def rows(self, split, index, names, device="cpu"):
+        """Rows `index` of the named arrays, as tensors: tokens cut to the longest, embeddings in fp32,
+        standardised.
+        """
+        index, out = np.sort(index), []  # in the order of the file
+        for name in names:
+            x = torch.from_numpy(
+                self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64)
+            )
+            if name == "tokens":
+                x = x[:, : self.splits[split]["length"][index].max()]
+            if device != "cpu":
+                x = x.pin_memory().to(device, non_blocking=True)
+            if "emb" in name:
+                x = (x - self.mean.to(x.device)) / self.std.to(x.device)
+            out.append(x)
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: what the two stages share
+# ------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(
+            f"there is no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu"
+        ) from None
+    return name
+
+
+def precision(device):
+    """bf16 where the hardware has it, else fp16 (with a scaler) on a GPU and fp32 on a CPU."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if device == "cpu" and native else torch.float32
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
+
+
+def learning_rate_at(step, peak, warmup, max_iters):
+    """Linear warm-up, then a cosine down to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
+
+
+def make_optimizer(module, learning_rate, betas, weight_decay):
+    """AdamW with a decay independent of the peak rate; only matrices decay."""
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    others = [p for p in module.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay / learning_rate},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_index(n, batch_size, number, seed):
+    """The rows of batch `number`: epochs without replacement, each in an order of its own."""
+    at = np.arange(number * batch_size, (number + 1) * batch_size)
+    epochs = range(at[0] // n, at[-1] // n + 1)
+    return np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
+
+
+def generator_at(device, *numbers):
+    """A random generator that is a function of numbers (seed, step, ...): nothing to save or restore."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def train(name, folder, settings, data, module, network, live, weights, loss, evaluate, after_step=None):
+    """The training loop of both stages, with checkpoints that resume exactly.
+
+    name: of the checkpoint, `decoder` or `diffusion`. settings: those of the script. network: what rebuilds
+    the module, saved with it. live: {name: tensor} of what changes beside module and optimizer (averages,
+    bins). weights(): the tensors to export. loss(index, generator): of these rows of the training data, to
+    go down and to be shown. evaluate(): {name: number}, of which "loss" picks the checkpoint whose weights
+    are kept. after_step(step): called after each optimizer step.
+
+    Every random number is a function of (seed, step), so a resumed run takes the very steps of one never
+    stopped.
+    """
+    s, device = settings, str(next(module.parameters()).device)
+    check(
+        min(s["batch_size"], s["gradient_accumulation"], s["max_iters"], s["eval_interval"]) >= 1,
+        "batch_size, gradient_accumulation, max_iters and eval_interval must be at least 1",
+    )
+    check(s["learning_rate"] > 0, "learning_rate must be positive")
+    optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
+    live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
+    meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
+    if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
+        meta = resume(name, folder, meta, live, optimizer, scaler)
+    start, history = meta["step"], meta["history"]
+    if start >= s["max_iters"]:
+        return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
+    if s["compile"]:
+        module.compile()
+    micro, seed = s["gradient_accumulation"], s["seed"]
+    total, counted = torch.zeros((), device=device), 0
+    with tqdm(initial=start, total=s["max_iters"], desc=name, unit=" steps", dynamic_ncols=True) as bar:
+        for step in range(start, s["max_iters"]):
+            rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for i in range(step * micro, (step + 1) * micro):
+                index = batch_index(data.size("train"), s["batch_size"], i, seed)
+                with autocast(device):
+                    value, shown = loss(index, generator_at(device, seed, i))
+                scaler.scale(value / micro).backward()
+                total += shown.detach() / micro
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if after_step:
+                after_step(step)
+            counted += 1
+            bar.update()
+            due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
+            if counted % 10 == 0 or due:
+                mean_loss = total.item() / counted
+                check(
+                    math.isfinite(mean_loss),
+                    f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
+                    f"{folder} keeps the checkpoint of step {meta['step']}",
+                )
+                bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
+            if due:
+                record = {"step": step + 1, "train": mean_loss} | evaluate()
+                bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+                best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
+                history.append(record)
+                state = {
+                    f"optimizer.{i}.{k}": v
+                    for i, slot in optimizer.state_dict()["state"].items()
+                    for k, v in slot.items()
+                }
+                meta |= {"step": step + 1, "scaler": scaler.state_dict()}
+                save_checkpoint(folder, name, meta, weights() if best else None, live | state)
+                total, counted = torch.zeros((), device=device), 0
+
+
+def resume(name, folder, meta, live, optimizer, scaler):
+    """Puts module, optimizer and scaler back to where the checkpoint in `folder` left them -> its JSON.
+
+    Raises InputError where it was made from other data or with another network.
+    """
+    saved, state = load_checkpoint(folder, name, "state")
+    hint = "give another --out_dir, or --resume=False to start over"
+    check(
+        saved["data"] == meta["data"],
+        f"{folder}/{name}.json was trained on other data ({saved['data']['name']}): {hint}",
+    )
+    check(
+        saved["network"] == meta["network"],
+        f"{folder}/{name}.json holds another network ({saved['network']}): {hint}",
+    )
+    changed = [k for k, v in meta["settings"].items() if saved["settings"].get(k) != v]
+    note = f", with other {', '.join(changed)}" if changed else ""
+    print(f"resuming {folder}/{name}.json at step {saved['step']}{note}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(state[key])
+    slots = {}
+    for key in [k for k in state if k.startswith("optimizer.")]:
+        _, i, field = key.split(".")
+        slots.setdefault(int(i), {})[field] = state[key]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    scaler.load_state_dict(saved["scaler"])
+    return saved | {"settings": meta["settings"]}

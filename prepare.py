@@ -1,18 +1,18 @@
 """Stage 0: text in, training arrays out.
 
-Each document is tokenised and cut into windows of at most block_size tokens, at sentence ends where there are any; each
-window is split at a random word into prefix and continuation; a frozen sentence encoder embeds both sides. Training then
-reads memory maps and never runs the encoder.
+Each document is tokenised and cut into windows of at most block_size tokens, at sentence ends where there
+are any; each window is split at a random word into prefix and continuation; a frozen sentence encoder
+embeds both sides. Training then reads memory maps and never runs the encoder.
 
     python prepare.py --dataset toy                                    a small grammar of reviews, made here
     python prepare.py --dataset my.jsonl.gz --encoder all-MiniLM-L6-v2 JSON lines with a field "text"
     python prepare.py --dataset notes.txt                              text; a blank line ends a document
     python prepare.py --dataset folder/                                all such files in it
-    python prepare.py --dataset c4                                     the paper's 10 M documents, from the hub
-    python prepare.py --judge samples.jsonl                            what the toy's grammar says of sampled text
+    python prepare.py --dataset c4                                     the paper's 10 M documents, of the hub
+    python prepare.py --judge samples.jsonl                            how the toy's grammar judges samples
 
-Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, tokenizer.tiktoken and, last, meta.json. It
-streams, and the same command again continues an interrupted run to the same bytes.
+Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, tokenizer.tiktoken and, last,
+meta.json. It streams, and the same command again continues an interrupted run to the same bytes.
 """
 
 import io
@@ -27,18 +27,22 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from configurator import InputError, check, read_json, read_json_lines, run, sha256, write_file
-from model import (
+from configurator import (
     DATA_FORMAT,
-    GPT2_PATTERN,
+    InputError,
+    check,
     data_name,
     hub_file,
-    load_encoder,
-    make_tokenizer,
     pick_device,
+    read_json,
+    read_json_lines,
     read_ranks,
+    run,
+    sha256,
+    write_file,
     write_ranks,
 )
+from model import load_encoder, make_tokenizer
 
 dataset = "c4"  # toy, c4, openwebtext, or a path: .txt, .jsonl, .jsonl.gz or a folder of them
 max_documents = 10_000_000  # stop after so many
@@ -55,13 +59,13 @@ SHARD = 4096  # windows embedded, and made safe on disk, at a time
 HEADER = 128  # bytes before the rows of a .npy file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The toy: a grammar of short reviews, whose sentiment and topic are known
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TOPICS = {
     "food": {
-        "event": "We ate at a small restaurant|Dinner was at the new bakery|We had lunch in a cafe by the station",
+        "event": "We ate at a small restaurant|Dinner was at the new bakery|We had lunch in a cafe",
         "noun": "soup|bread|dessert|waiter|menu|kitchen|coffee|chef",
     },
     "film": {
@@ -69,7 +73,7 @@ TOPICS = {
         "noun": "plot|acting|dialogue|soundtrack|ending|director|scenery|cast",
     },
     "sports": {
-        "event": "We watched the match from the stands|The team played the final|We saw a game at the stadium",
+        "event": "We watched the match|The team played the final|We saw a game at the stadium",
         "noun": "defense|goalkeeper|coach|referee|attack|captain|striker|second half",
     },
     "travel": {
@@ -81,19 +85,24 @@ SENTIMENTS = {
     "negative": {
         "adjective": "terrible|awful|dreadful|horrible|disappointing|miserable|boring|poor",
         "verb": "hated|disliked|regretted|complained about",
-        "closing": "I want my money back|I would never do it again|It was a waste of time|We left early and angry",
+        "closing": "I want my money back|I would never do it again|It was a waste of time|We left angry",
     },
     "positive": {
         "adjective": "wonderful|excellent|delightful|superb|impressive|lovely|charming|brilliant",
         "verb": "loved|enjoyed|admired|could not stop praising",
-        "closing": "I would gladly do it again|I recommend it to everyone|It was worth every minute|We left happy",
+        "closing": "I would gladly do it again|I recommend it to all|It was worth every minute|We left happy",
     },
 }
 OPENING = (
-    "(Last week|On Friday|Yesterday|This spring|On Sunday|In March) (my sister|a friend|my uncle|a neighbour|my old "
-    "teacher|a colleague) and I (tried something new|had a free evening|made a plan|went out together|met again)"
+    "(Last week|On Friday|Yesterday|This spring|On Sunday|In March) "
+    "(my sister|a friend|my uncle|a neighbour|my old teacher|a colleague) and I "
+    "(tried something new|had a free evening|made a plan|went out together|met again)"
 )
-OPINIONS = ("The {noun} was (really|quite|truly|simply|rather) {adjective}", "I {verb} the {noun}", "Everyone {verb} the {noun}")
+OPINIONS = (
+    "The {noun} was (really|quite|truly|simply|rather) {adjective}",
+    "I {verb} the {noun}",
+    "Everyone {verb} the {noun}",
+)
 
 
 def pick_one(pattern, rng):
@@ -108,19 +117,28 @@ def sentence_patterns(topic, sentiment):
 
 
 def toy_documents(seed):
-    """Endless (text, sentiment, topic): opening and event, neutral; two or three opinions; often a closing."""
+    """Endless (text, sentiment, topic): opening and event, neutral; two or three opinions; often a
+    closing.
+    """
     for number in itertools.count():
         rng = np.random.default_rng((seed, number))
         topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(SENTIMENTS))
         opening, event, opinions, closing = sentence_patterns(topic, sentiment)
-        chosen = [opening, event, *rng.choice(opinions, rng.integers(2, 4)), *[closing] * int(rng.random() < 0.6)]
+        chosen = [
+            opening,
+            event,
+            *rng.choice(opinions, rng.integers(2, 4)),
+            *[closing] * int(rng.random() < 0.6),
+        ]
         yield ". ".join(pick_one(pattern, rng) for pattern in chosen) + ".", str(sentiment), str(topic)
 
 
 def judge_text(text):
-    """The grammar's own verdict -> (sentiment or None, topic or None, sentences, sentences that it could have written).
+    """The grammar's own verdict -> (sentiment or None, topic or None, sentences, sentences that it could
+    have written).
 
-    A sentiment (a topic) is a text's where its words are all of that one. An unfinished last sentence does not count.
+    A sentiment (a topic) is a text's where its words are all of that one. An unfinished last sentence does
+    not count.
     """
 
     def owner(groups, names):
@@ -138,11 +156,17 @@ def judge_text(text):
 def grammar():
     """One pattern for all sentences of the grammar."""
     each = [sentence_patterns(topic, sentiment) for topic in TOPICS for sentiment in SENTIMENTS]
-    return re.compile("|".join(p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)))
+    return re.compile(
+        "|".join(
+            p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)
+        )
+    )
 
 
 def judge_file(path):
-    """Prints, for each guide in a file of sample.py, how often the grammar agrees, and how fluent the text is."""
+    """Prints, for each guide in a file of sample.py, how often the grammar agrees, and how fluent the text
+    is.
+    """
     rows = {}
     for row in read_json_lines(path):
         check(isinstance(row.get("continuation"), str), f"{path}: not a file of sample.py --out")
@@ -150,20 +174,26 @@ def judge_file(path):
     print(f"{'guide':28}{'texts':>6}" + "".join(f"{k:>10}" for k in (*SENTIMENTS, *TOPICS, "fluent")))
     for guide, verdicts in rows.items():
         sentiments, topics, sentences, could = zip(*verdicts)
-        share = [sentiments.count(k) / len(verdicts) for k in SENTIMENTS] + [topics.count(k) / len(verdicts) for k in TOPICS]
+        share = [sentiments.count(k) / len(verdicts) for k in SENTIMENTS] + [
+            topics.count(k) / len(verdicts) for k in TOPICS
+        ]
         share.append(sum(could) / max(1, sum(sentences)))
         print(f"{guide:28}{len(verdicts):6}" + "".join(f"{s:10.1%}" for s in share))
 
 
 def toy_ranks():
-    """The toy's own tokenizer: each byte, and each whole word of the grammar, with and without a space before it."""
+    """The toy's own tokenizer: each byte, and each whole word of the grammar, with and without a space
+    before it.
+    """
     words = sorted(set(re.findall(r"[A-Za-z]+", grammar().pattern)))
-    tokens = [bytes([b]) for b in range(256)] + [w.encode() for word in words for w in (word, f" {word}") if len(w) > 1]
+    tokens = [bytes([b]) for b in range(256)] + [
+        w.encode() for word in words for w in (word, f" {word}") if len(w) > 1
+    ]
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-def write_toy_labels(folder, seed):
-    """sentiment.jsonl and topic.jsonl, for probes.py: single sentences of documents that training does not see."""
+def write_toy_files(folder, seed):
+    """sentiment.jsonl and topic.jsonl, of documents that training does not see, and prefixes.txt, neutral."""
     labelled = {"sentiment": [], "topic": []}
     for text, sentiment, topic in itertools.islice(toy_documents(seed + 1), 1000):
         opinions = text[:-1].split(". ")[1:]
@@ -172,18 +202,22 @@ def write_toy_labels(folder, seed):
     for name, pairs in labelled.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         write_file(f"{folder}/{name}.jsonl", "".join(lines))
+    prefixes = {
+        text.split(". ")[0] + ".\n": None for text, _, _ in itertools.islice(toy_documents(seed + 2), 20)
+    }
+    write_file(f"{folder}/prefixes.txt", "".join(prefixes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sources of documents: each yields texts, in an order that does not change
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def file_documents(path):
     """Texts of one file."""
     if path.endswith((".jsonl", ".jsonl.gz")):
         for number, row in enumerate(read_json_lines(path), 1):
-            check(isinstance(row.get("text"), str), f"{path}, row {number}: no field \"text\" with a string")
+            check(isinstance(row.get("text"), str), f'{path}, row {number}: no field "text" with a string')
             yield row["text"]
     else:
         try:
@@ -235,13 +269,16 @@ def documents():
         found = (os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names)
         files = sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
         check(files, f"{dataset} holds no .txt, .jsonl or .jsonl.gz file")
-    check(all(f.endswith((".txt", ".jsonl", ".jsonl.gz")) for f in files), f"{dataset}: not .txt, .jsonl or .jsonl.gz")
+    check(
+        all(f.endswith((".txt", ".jsonl", ".jsonl.gz")) for f in files),
+        f"{dataset}: not .txt, .jsonl or .jsonl.gz",
+    )
     return itertools.chain.from_iterable(map(file_documents, files))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From text to windows
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def choose_ranks():
@@ -252,17 +289,24 @@ def choose_ranks():
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except Exception as e:
-            offline = "without a network, give --tokenizer a .tiktoken file, such as that of a trained model's folder"
-            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({type(e).__name__}); {offline}") from None
+            offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
+            raise InputError(
+                f"cannot get GPT-2's BPE through tiktoken ({type(e).__name__}); {offline}"
+            ) from None
     else:
         ranks = read_ranks(tokenizer)
     limit = len(ranks) + 1
-    check(257 <= vocab_size <= limit, f"vocab_size={vocab_size}: the tokenizer {tokenizer} allows 257 to {limit}")
+    check(
+        257 <= vocab_size <= limit,
+        f"vocab_size={vocab_size}: the tokenizer {tokenizer} allows 257 to {limit}",
+    )
     return {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
 
 
 def token_flags(ranks):
-    """What a token's bytes say of it, as boolean arrays over the vocabulary: it begins a word, a character; ends a sentence."""
+    """What a token's bytes say of it, as boolean arrays over the vocabulary: it begins a word, a character;
+    ends a sentence.
+    """
     tokens = sorted(ranks, key=ranks.get)
     word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
     character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
@@ -271,7 +315,9 @@ def token_flags(ranks):
 
 
 def cut(tokens, size, flags):
-    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence end, word or character there is."""
+    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence end, word or
+    character there is.
+    """
     word, character, sentence = flags
     start = 0
     while start < len(tokens):
@@ -285,7 +331,9 @@ def cut(tokens, size, flags):
 
 
 def split_point(window, flags, rng):
-    """Where the continuation begins: 0 (no prefix), or a random word of the window, or, where it has none, character."""
+    """Where the continuation begins: 0 (no prefix), or a random word of the window, or, where it has none,
+    character.
+    """
     word, character, _ = flags
     for begins in (word, character):
         at = np.flatnonzero(begins[window])
@@ -296,7 +344,9 @@ def split_point(window, flags, rng):
 
 
 def windows(bpe, flags, text, number):
-    """The windows of document `number` -> [(tokens, split), ...]; none where it is empty or, of c4, no prose."""
+    """The windows of document `number` -> [(tokens, split), ...]; none where it is empty or, of c4, no
+    prose.
+    """
     tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
     if not text.strip() or dataset == "c4" and len(tokens) >= 0.25 * len(text):
         return []
@@ -309,7 +359,7 @@ def windows(bpe, flags, text, number):
 
 
 def shards(texts, done, bpe, flags, bar):
-    """Pairs (number, text) -> yields ({split: [(tokens, split), ...]}, documents done), every SHARD windows or so."""
+    """Pairs (number, text) -> yields ({"train": windows, "val": windows}, documents done), by the SHARD."""
     shard = {"train": [], "val": []}
     for number, text in texts:
         text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which are no text
@@ -322,13 +372,15 @@ def shards(texts, done, bpe, flags, bar):
     yield shard, done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Arrays on disk, which grow shard by shard
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Arrays:
-    """The .npy files of one split, appended to; `cut_to` drops the rows that an interruption left half done."""
+    """The .npy files of one split, appended to; `cut_to` drops the rows that an interruption left half
+    done.
+    """
 
     def __init__(self, folder, E):
         os.makedirs(folder, exist_ok=True)
@@ -361,17 +413,27 @@ class Arrays:
 
 
 def embed(batch, bpe, encode, E):
-    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; an absent prefix is all zeros."""
+    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; an absent prefix is all
+    zeros.
+    """
     length, split = np.array([len(t) for t, _ in batch]), np.array([s for _, s in batch])
     tokens = np.zeros((len(batch), block_size), dtype=np.uint16)
     for row, (window, _) in zip(tokens, batch):
         row[: len(window)] = window
     ends = [len(w) - (w[-1] == bpe.eot_token) for w, _ in batch]
-    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s] + [bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)]
+    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s] + [
+        bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)
+    ]
     embedded = encode(texts).astype(np.float16)
     prefix_emb = np.zeros((len(batch), E), dtype=np.float16)
     prefix_emb[split > 0], cont_emb = embedded[: -len(batch)], embedded[-len(batch) :]
-    return {"tokens": tokens, "length": length, "split": split, "prefix_emb": prefix_emb, "cont_emb": cont_emb}
+    return {
+        "tokens": tokens,
+        "length": length,
+        "split": split,
+        "prefix_emb": prefix_emb,
+        "cont_emb": cont_emb,
+    }
 
 
 def main(settings):
@@ -379,17 +441,20 @@ def main(settings):
         return judge_file(judge)
     check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
     check(val_every >= 2 and max_documents >= 2, "val_every and max_documents must be at least 2")
+    own = dataset != "toy" or max_documents <= 1_000_000
+    check(own, "the toy has settings of its own: python prepare.py config/toy.py")
     folder = f"data/{data_name(dataset)}"
     meta_path, progress_path = f"{folder}/meta.json", f"{folder}/progress.json"
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
     progress = None
     for path in (meta_path, progress_path):
-        if os.path.exists(path):
+        if progress is None and os.path.exists(path):
             progress = read_json(path)
-            changed = [k for k, v in choice.items() if progress["settings"].get(k) != v]
-            check(not changed, f"{folder} was made with other {', '.join(changed)}: remove it, or name the data otherwise")
-            if path == meta_path:
-                return print(f"{folder} is prepared: {progress['N']['train']:,} windows, {progress['N']['val']:,} for validation")
+            made_with = progress.get("settings", {}) if isinstance(progress, dict) else {}
+            changed = ", ".join(k for k, v in choice.items() if made_with.get(k) != v)
+            check(not changed, f"{folder} was made with other {changed}: remove it to prepare it again")
+    if os.path.exists(meta_path):
+        return print(f"{folder} is prepared already")
     source = documents()
     ranks = choose_ranks()
     check(len(ranks) < 65536, f"vocab_size={vocab_size}: at most 65536")
@@ -399,7 +464,13 @@ def main(settings):
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
     if progress is None:
         zeros = [0.0] * E
-        progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}, "sum": zeros, "squares": zeros}
+        progress = {
+            "settings": choice,
+            "documents": 0,
+            "N": {"train": 0, "val": 0},
+            "sum": zeros,
+            "squares": zeros,
+        }
     arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
@@ -408,7 +479,7 @@ def main(settings):
     total = max_documents if dataset in ("toy", "c4") else None
     texts = itertools.islice(enumerate(source), done, max_documents)
     with tqdm(total=total, initial=done, desc=folder, unit=" documents", dynamic_ncols=True) as bar:
-        for shard, done in shards(texts, done, bpe, flags, bar):
+        for shard, progress["documents"] in shards(texts, done, bpe, flags, bar):
             for split, batch in shard.items():
                 if batch:
                     columns = embed(batch, bpe, encode, E)
@@ -418,25 +489,37 @@ def main(settings):
                         x = columns["cont_emb"].astype(np.float64)
                         progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
                         progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
-            progress["documents"] = done
             write_file(progress_path, json.dumps(progress))
             bar.set_postfix(windows=sum(progress["N"].values()))
 
-    n = progress["N"]
-    what = f"{done} documents gave {n['train']} windows for training and {n['val']} for validation"
-    check(n["train"] and n["val"], f"{dataset}: {what}; both are needed")
+    n, done = progress["N"], progress["documents"]
+    if not n["train"] or not n["val"]:
+        os.remove(progress_path)
+        what = f"{done} documents gave {n['train']} windows for training and {n['val']} for validation"
+        raise InputError(f"{dataset}: {what}; both are needed")
     for split in arrays:
         arrays[split].cut_to(n[split])
     mean = np.array(progress["sum"]) / n["train"]
     std = np.sqrt(np.maximum(np.array(progress["squares"]) / n["train"] - mean**2, 0))
-    meta = {"format": DATA_FORMAT, "name": data_name(dataset), "encoder": encoder, "E": E, "block_size": block_size}
-    meta |= {"vocab_size": len(ranks) + 1, "tokenizer": sha256(f"{folder}/tokenizer.tiktoken"), "pattern": GPT2_PATTERN}
-    meta |= {"N": n, "documents": done, "mean": mean.tolist(), "std": std.tolist(), "settings": choice}
+    meta = {
+        "format": DATA_FORMAT,
+        "name": data_name(dataset),
+        "encoder": encoder,
+        "tokenizer": sha256(f"{folder}/tokenizer.tiktoken"),
+        "vocab_size": len(ranks) + 1,
+        "block_size": block_size,
+        "E": E,
+        "N": n,
+        "documents": done,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "settings": choice,
+    }
     if dataset == "toy":
-        write_toy_labels(folder, seed)
+        write_toy_files(folder, seed)
     write_file(meta_path, json.dumps(meta, indent=1) + "\n")
     os.remove(progress_path)
-    print(f"{folder}: {n['train']:,} windows for training, {n['val']:,} for validation, of {done:,} documents")
+    print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate, of {done:,} documents")
 
 
 if __name__ == "__main__":

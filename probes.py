@@ -1,11 +1,12 @@
 """Stage 3: train a probe, a logistic regression on embeddings, for each attribute that should steer.
 
-    python probes.py --data mine.jsonl                          JSON lines with text and label, two labels or more
-    python probes.py --data sentiment --out_dir out/c4          the paper's attributes, from the hub: sentiment,
-    python probes.py --data toxicity,topic --out_dir out/c4     toxicity, topic
+    python probes.py --data mine.jsonl                          JSON lines with text and label
+    python probes.py --data sentiment --out_dir out/c4          the paper's attributes, from
+    python probes.py --data toxicity,topic --out_dir out/c4     the hub
 
-Writes OUT_DIR/probes/NAME.npz; then `python sample.py --guide LABEL` steers towards any of its labels. Nothing else is
-trained again. The accuracy, F1 and AUC are of a tenth of the rows, which the probe did not see.
+Writes OUT_DIR/probes/NAME.npz; then `python sample.py --guide LABEL` steers towards any of its labels.
+Nothing else is trained again. The accuracy, F1 and AUC are of a tenth of the rows, which the probe did not
+see.
 """
 
 import io
@@ -17,8 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from configurator import check, read_json, read_json_lines, run, write_file
-from model import hub_file, load_encoder, newest_model, pick_device
+from configurator import check, hub_file, pick_device, read_json, read_json_lines, run, write_file
+from model import load_encoder, newest_model
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # of the probe; default the file's name
@@ -38,21 +39,32 @@ SOURCES = {  # the paper's attributes: files of the hub, and what their labels 0
 
 
 def read_labelled(source):
-    """A file, or the name of one of the SOURCES -> texts and labels, two lists of strings. Raises InputError."""
+    """A file, or the name of one of the SOURCES -> texts and labels, two lists of strings. Raises
+    InputError.
+    """
     if source in SOURCES and not os.path.exists(source):
         repos, names = SOURCES[source]
         paths = [hub_file(repo, "train.jsonl", repo_type="dataset") for repo in repos]
     else:
-        check(source.endswith((".jsonl", ".jsonl.gz")), f"--data {source}: not .jsonl, .jsonl.gz, {', '.join(SOURCES)}")
+        check(
+            source.endswith((".jsonl", ".jsonl.gz")),
+            f"--data {source}: not .jsonl, .jsonl.gz, {', '.join(SOURCES)}",
+        )
         paths, names = [source], None
     texts, labels = [], []
     for path in paths:
         for number, row in enumerate(read_json_lines(path), 1):
             text, label = row.get("text"), row.get("label")
             check(isinstance(text, str), f'{path}, row {number}: no field "text" with a string')
-            check(isinstance(label, str | int), f'{path}, row {number}: no field "label" with a string or a number')
+            check(
+                isinstance(label, str | int),
+                f'{path}, row {number}: no field "label" with a string or a number',
+            )
             if names:
-                check(label in range(len(names)), f"{path}, row {number}: the label {label!r} is not 0 to {len(names) - 1}")
+                check(
+                    label in range(len(names)),
+                    f"{path}, row {number}: the label {label!r} is not 0 to {len(names) - 1}",
+                )
                 label = names[label]
             if text.strip():
                 texts.append(text.encode("utf-8", "replace").decode())
@@ -61,7 +73,10 @@ def read_labelled(source):
     counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
     check(len(counts) > 1, f"{source}: the only label is {labels[0]!r}; a probe needs two or more")
     for label, count in counts.items():
-        check(label and not set(label) & set(",:=") and label != "none", f"{source}: {label!r} cannot be a label: no , : =")
+        check(
+            label and not set(label) & set(",:=") and label != "none",
+            f"{source}: {label!r} cannot be a label: no , : =",
+        )
         check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
     return texts, labels
 
@@ -72,7 +87,11 @@ def main(settings):
     check(len(sources) == 1 or not name, "--name is for a single source of data")
     folder = out_dir or newest_model()
     check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
-    own = read_json(f"{folder}/decoder.json")["data"]["encoder"] if os.path.exists(f"{folder}/decoder.json") else ""
+    own = (
+        read_json(f"{folder}/decoder.json")["data"]["encoder"]
+        if os.path.exists(f"{folder}/decoder.json")
+        else ""
+    )
     encoder_name = encoder or own
     check(encoder_name, f"{folder} holds no model: say --encoder")
     labelled = [(source, *read_labelled(source)) for source in sources]
@@ -83,19 +102,27 @@ def main(settings):
         chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
         x = np.concatenate([encode(chunk) for chunk in tqdm(chunks, desc=f"embed {source}", leave=False)])
         label = name or os.path.basename(source).split(".")[0]
-        train_probe(x, labels, label, f"{folder}/probes/{label}.npz", encoder_name, balanced or source == "toxicity")
+        train_probe(
+            x, labels, label, f"{folder}/probes/{label}.npz", encoder_name, balanced or source == "toxicity"
+        )
 
 
 def train_probe(x, labels, label, path, encoder_name, balance):
     """Fits embeddings x (N, E) to labels, prints a row of the table, writes the probe."""
-    x_train, x_test, y_train, y_test = train_test_split(x, labels, test_size=0.1, random_state=seed, stratify=labels)
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, labels, test_size=0.1, random_state=seed, stratify=labels
+    )
     weights = "balanced" if balance else None
     fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=weights).fit(x_train, y_train)
     p = fit.predict_proba(x_test)
     guess, classes = fit.classes_[p.argmax(1)], list(fit.classes_)
     binary = len(classes) == 2
     accuracy, f1 = accuracy_score(y_test, guess), f1_score(y_test, guess, average="macro")
-    auc = roc_auc_score([y == classes[1] for y in y_test], p[:, 1]) if binary else roc_auc_score(y_test, p, multi_class="ovr")
+    auc = (
+        roc_auc_score([y == classes[1] for y in y_test], p[:, 1])
+        if binary
+        else roc_auc_score(y_test, p, multi_class="ovr")
+    )
     print(f"{label:16}{', '.join(classes):36}{len(labels):8}{accuracy:10.3f}{f1:8.3f}{auc:8.3f}")
     # two classes: scikit-learn keeps one row, the logit of the second; softmax([0, logit]) is the same probe
     coef = np.vstack((np.zeros_like(fit.coef_), fit.coef_)) if binary else fit.coef_

@@ -3,7 +3,7 @@
     python sample.py --prefix "The food was" --guide negative
     python sample.py --prefix "The food was" --guide negative:30,sports:10 --num_samples 5
     python sample.py --prefix FILE:prefixes.txt --guide sentiment=positive --out texts.jsonl
-    python sample.py                                                no prefix at all: the diffusion says what about
+    python sample.py                                                no prefix: about anything
 
 The texts go to standard output, a line each; notes to standard error.
 """
@@ -49,9 +49,14 @@ def read_prefixes(text):
 
 
 def main(settings):
-    check(min(num_samples, max_new_tokens, batch_size) >= 1, "num_samples, max_new_tokens and batch_size must be at least 1")
-    check(0 < top_p <= 1 and temperature >= 0 and repetition_penalty > 0, "top_p must be in (0, 1], temperature 0 or more, "
-          "repetition_penalty above 0")
+    check(
+        min(num_samples, max_new_tokens, batch_size) >= 1,
+        "num_samples, max_new_tokens and batch_size must be at least 1",
+    )
+    check(
+        0 < top_p <= 1 and temperature >= 0 and repetition_penalty > 0,
+        "top_p must be in (0, 1], temperature 0 or more, repetition_penalty above 0",
+    )
     prefixes = read_prefixes(prefix)
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
@@ -65,7 +70,9 @@ def main(settings):
     for before, (text, proposal) in zip(rows, texts):
         print(before + text, flush=True)
         if out:
-            records.append({"prefix": before, "continuation": text, "guide": guide, "seed": seed, "proposal": proposal})
+            records.append(
+                {"prefix": before, "continuation": text, "guide": guide, "seed": seed, "proposal": proposal}
+            )
     if out:
         read_back = model.encode([r["continuation"] for r in records])
         for record, x in zip(records, read_back):

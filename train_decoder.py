@@ -1,12 +1,13 @@
 """Stage 1: train the prompt generator and the decoder.
 
-The true continuation's embedding x is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine schedule shifted
-towards low noise; the prompt generator turns (z_t, alpha^2) into 8 soft tokens between prefix and continuation; the loss
-is the cross-entropy of all real tokens. So the decoder learns to obey a proposal as far as it can be trusted.
+The true continuation's embedding x is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine
+schedule shifted towards low noise; the prompt generator turns (z_t, alpha^2) into 8 soft tokens between
+prefix and continuation; the loss is the cross-entropy of all real tokens. So the decoder learns to obey a
+proposal as far as it can be trusted.
 
     python train_decoder.py config/toy.py
     python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz
-    python train_decoder.py                                              # the paper: gpt2-large on c4, one large GPU
+    python train_decoder.py                                              # the paper: gpt2-large on c4
 
 The same command again continues an interrupted run.
 """
@@ -17,24 +18,8 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from configurator import check, run
-from model import (
-    GPT,
-    Data,
-    Decoder,
-    GPTConfig,
-    PromptGenerator,
-    autocast,
-    cosine_log_snr,
-    data_name,
-    diffuse,
-    generator_at,
-    make_tokenizer,
-    pick_device,
-    train,
-    write,
-    write_ranks,
-)
+from configurator import Data, autocast, check, data_name, generator_at, pick_device, run, train, write_ranks
+from model import GPT, Decoder, GPTConfig, PromptGenerator, cosine_log_snr, diffuse, make_tokenizer, write
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
@@ -82,7 +67,9 @@ def main(settings):
             f"{data.folder} has a tokenizer of {data.meta['vocab_size']} entries, {init_from} of {vocab}: "
             f"prepare the data with --vocab_size={vocab}",
         )
-        check(data.meta["block_size"] + soft_tokens <= positions, f"{init_from} has only {positions} positions")
+        check(
+            data.meta["block_size"] + soft_tokens <= positions, f"{init_from} has only {positions} positions"
+        )
     E = data.meta["E"]
     generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
     network = {"gpt": asdict(gpt.config), "generator": generator}
@@ -103,12 +90,16 @@ def main(settings):
 
     @torch.no_grad()
     def evaluate():
-        """Loss of the continuations at fixed noise levels, and with the proposals of other rows; prints two texts."""
+        """Loss of the continuations at fixed noise levels, and with the proposals of other rows; prints two
+        texts.
+        """
         decoder.eval()
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
+            tokens, length, split, x = data.rows(
+                "val", index, ("tokens", "length", "split", "cont_emb"), place
+            )
             eps = torch.randn(x.shape, generator=generator_at(place, seed, batch), device=place)
             for level in totals:
                 sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
@@ -128,7 +119,11 @@ def main(settings):
             print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
         decoder.train()
         listens = totals["shuffled"] - totals["low"]
-        return {"loss": sum(totals[k] for k in NOISE_LEVELS) / len(NOISE_LEVELS), **totals, "listens": listens}
+        return {
+            "loss": sum(totals[k] for k in NOISE_LEVELS) / len(NOISE_LEVELS),
+            **totals,
+            "listens": listens,
+        }
 
     train("decoder", folder, settings, data, decoder, network, {}, decoder.state_dict, loss, evaluate)
 

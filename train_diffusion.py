@@ -1,12 +1,13 @@
 """Stage 2: train the diffusion that proposes what the continuation means.
 
-A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's embedding,
-given the prefix's. Squared error, weighted over noise levels, which are drawn where the loss is large. A tenth of the
-prefixes is replaced by a null vector, for classifier-free guidance. An exponential average of the weights is what samples.
+A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's
+embedding, given the prefix's. Squared error, weighted over noise levels, which are drawn where the loss is
+large. A tenth of the prefixes is replaced by a null vector, for classifier-free guidance. An exponential
+average of the weights is what samples.
 
     python train_diffusion.py config/toy.py
     python train_diffusion.py config/reviews.py --dataset reviews.jsonl.gz
-    python train_diffusion.py                                              # the paper: c4, one large GPU
+    python train_diffusion.py                                              # the paper: c4
 
 The same command again continues an interrupted run. Stages 1 and 2 do not depend on each other.
 """
@@ -18,24 +19,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import check, run
-from model import (
-    AdaptiveNoise,
+from configurator import (
     Data,
-    DiffusionTransformer,
     autocast,
-    build_decoder,
+    check,
     data_name,
-    diffuse,
-    diffusion_loss,
     generator_at,
     load_checkpoint,
     load_weights,
+    pick_device,
+    run,
+    train,
+)
+from model import (
+    AdaptiveNoise,
+    DiffusionTransformer,
+    build_decoder,
+    diffuse,
+    diffusion_loss,
     loss_weight,
     make_tokenizer,
-    pick_device,
     sample,
-    train,
     update_ema,
     velocity,
     write,
@@ -84,7 +88,10 @@ def main(settings):
     if os.path.exists(f"{folder}/decoder.json"):
         meta, weights = load_checkpoint(folder, "decoder", device=place)
         same = meta["data"] == data.identity()
-        check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: give another --out_dir")
+        check(
+            same,
+            f"{folder}/decoder.json was trained on other data than {data.folder}: give another --out_dir",
+        )
         decoder = build_decoder(meta["network"]).to(place).eval()
         load_weights(decoder, weights, f"{folder}/decoder.json")
     tokenizer = make_tokenizer(data.ranks())
@@ -96,7 +103,9 @@ def main(settings):
 
     @torch.no_grad()
     def evaluate():
-        """Of the averaged weights: the weighted loss, the error of v at fixed noise levels, and how near samples come."""
+        """Of the averaged weights: the weighted loss, the error of v at fixed noise levels, and how near
+        samples come.
+        """
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
@@ -117,7 +126,10 @@ def main(settings):
         options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed)}
         proposed = sample(ema, x_pref, split == 0, **options)
         std, mean = data.std.to(place), data.mean.to(place)
-        true, other = (F.cosine_similarity(proposed * std + mean, y * std + mean).mean().item() for y in (x, x.roll(1, 0)))
+        true, other = (
+            F.cosine_similarity(proposed * std + mean, y * std + mean).mean().item()
+            for y in (x, x.roll(1, 0))
+        )
         if decoder is not None:
             prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
             room = decoder.gpt.config.n_positions - decoder.generator.K - max(map(len, prompts))
@@ -132,7 +144,9 @@ def main(settings):
     def after_step(step):
         update_ema(ema, model, step, ema_decay)
 
-    train("diffusion", folder, settings, data, model, network, live, ema.state_dict, loss, evaluate, after_step)
+    train(
+        "diffusion", folder, settings, data, model, network, live, ema.state_dict, loss, evaluate, after_step
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The paper's settings: gpt2-large, Sentence-T5-XL and 10 M documents of C4, on one large GPU. They are the defaults too.
+"""The paper's settings: gpt2-large, Sentence-T5-XL and 10 M documents of C4, on one large GPU. They are the
+defaults too.
 
 python prepare.py config/paper.py
 python train_decoder.py config/paper.py --compile && python train_diffusion.py config/paper.py --compile

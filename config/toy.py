@@ -1,7 +1,10 @@
 """The toy: reviews of a small grammar, the whole path in minutes on a laptop, without a hub.
 
-python prepare.py config/toy.py && python train_decoder.py config/toy.py && python train_diffusion.py config/toy.py
-python probes.py config/toy.py && python sample.py config/toy.py --guide negative
+python prepare.py config/toy.py
+python train_decoder.py config/toy.py
+python train_diffusion.py config/toy.py
+python probes.py config/toy.py
+python sample.py config/toy.py --guide negative
 """
 
 dataset = "toy"
@@ -25,9 +28,9 @@ train_diffusion = {
     "width": 128,
     "layers": 4,
     "batch_size": 128,
-    "max_iters": 1500,
+    "max_iters": 1200,
     "learning_rate": 2e-3,
     "warmup_iters": 100,
-    "eval_interval": 500,
+    "eval_interval": 400,
 }
 probes = {"data": "data/toy/sentiment.jsonl,data/toy/topic.jsonl"}

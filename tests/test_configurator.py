@@ -28,7 +28,10 @@ def test_values_take_the_type_of_their_default():
 
 
 def test_booleans_can_be_switched_off_and_later_values_win():
-    assert parse("--compile", "--compile=false", "--batch_size=1", "--batch_size=2") == {"compile": False, "batch_size": 2}
+    assert parse("--compile", "--compile=false", "--batch_size=1", "--batch_size=2") == {
+        "compile": False,
+        "batch_size": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,9 @@ def test_help_prints_every_variable_with_default_and_comment(capsys):
         parse("--help")
     assert not e.value.code
     text = capsys.readouterr().out
-    assert all(f"--{key}={default!r}" in text and comment in text for key, (default, comment) in SETTINGS.items())
+    assert all(
+        f"--{key}={default!r}" in text and comment in text for key, (default, comment) in SETTINGS.items()
+    )
 
 
 def config(tmp_path, text):
@@ -72,7 +77,9 @@ def config(tmp_path, text):
 
 
 def test_a_config_file_sets_shared_values_and_those_of_its_script(tmp_path):
-    path = config(tmp_path, '"""mine"""\ndataset = "toy"\nsteps = 7\nsample = {"top_p": 1}\nprobes = {"name": "x"}\n')
+    path = config(
+        tmp_path, '"""mine"""\ndataset = "toy"\nsteps = 7\nsample = {"top_p": 1}\nprobes = {"name": "x"}\n'
+    )
     settings = {"steps": (20, ""), "top_p": (0.9, "")}
     assert read_config(path, "sample", settings) == {"steps": 7, "top_p": 1.0}
 

@@ -1,5 +1,5 @@
-"""What comes from the hub, against a small server on the loopback address that answers as the hub does, with files in the
-true formats: C4's and OpenWebText's archives, the attribute sets, GPT-2 and Sentence-T5.
+"""What comes from the hub, against a small server on the loopback address that answers as the hub does,
+with files in the true formats: C4's and OpenWebText's archives, the attribute sets, GPT-2 and Sentence-T5.
 
 Run: python -m pytest tests/test_hub.py
 """
@@ -25,7 +25,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers import models as layers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import load_encoder, write_ranks
+from configurator import write_ranks
+from model import load_encoder
 from prepare import toy_documents, toy_ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,7 +34,9 @@ COMMIT = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """/REPO/resolve/REVISION/FILE with the headers that huggingface_hub asks for, from a folder of REPO/FILE."""
+    """/REPO/resolve/REVISION/FILE with the headers that huggingface_hub asks for, from a folder of
+    REPO/FILE.
+    """
 
     root = None
 
@@ -70,7 +73,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def sentence_t5(folder, E=64):
-    """A tiny random Sentence-T5 in its true layout: T5 encoder, mean pooling, dense without bias, normalise."""
+    """A tiny random Sentence-T5 in its true layout: T5 encoder, mean pooling, dense without bias,
+    normalise.
+    """
     words = sorted({w for text, _, _ in (next(toy_documents(i)) for i in range(200)) for w in text.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{w}", -5.0) for w in words)]
     pieces += [(chr(c), -10.0) for c in range(33, 127)]
@@ -81,7 +86,13 @@ def sentence_t5(folder, E=64):
     )
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=len(pieces), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=len(pieces),
+        d_model=64,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     transformers.T5EncoderModel(config).save_pretrained(folder / "raw")
     fast.save_pretrained(folder / "raw")
@@ -142,7 +153,9 @@ def hub(tmp_path_factory):
 
 
 def python(hub, command, code=""):
-    """`python COMMAND`, or `python -c CODE`, in the project, with the server for a hub; its standard output."""
+    """`python COMMAND`, or `python -c CODE`, in the project, with the server for a hub; its standard
+    output.
+    """
     address, project = hub
     env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(project / "hf"), "HF_HUB_DISABLE_XET": "1"}
     arguments = ["-c", code] if code else command.split()
@@ -156,7 +169,9 @@ BPE = f"--tokenizer=toy.tiktoken --vocab_size={VOCAB}"
 
 
 def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
-    """prepare.py from c4 with Sentence-T5-XL, then one step of both stages, the decoder from gpt2-large, and a text."""
+    """prepare.py from c4 with Sentence-T5-XL, then one step of both stages, the decoder from gpt2-large,
+    and a text.
+    """
     assert "119 documents" in python(hub, f"prepare.py {BPE} --max_documents=119").replace(",", "")
     meta = json.loads((hub[1] / "data/c4/meta.json").read_text())
     assert meta["encoder"] == "sentence-transformers/sentence-t5-xl" and meta["E"] == 64
@@ -164,14 +179,17 @@ def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
     python(hub, f"train_decoder.py --generator_width=64 --generator_layers=1 {small}")
     python(hub, f"train_diffusion.py --width=64 --layers=2 {small}")
     python(hub, "probes.py --data=sentiment,toxicity,topic")
-    assert python(hub, "sample.py --prefix Today --guide toxic:5,sports --steps=2 --max_new_tokens=4").startswith("Today")
+    assert python(
+        hub, "sample.py --prefix Today --guide toxic:5,sports --steps=2 --max_new_tokens=4"
+    ).startswith("Today")
 
 
 def test_c4_drops_documents_with_too_many_tokens_a_character(hub):
-    code = "import prepare as p; p.dataset = 'c4'; p.tokenizer = 'toy.tiktoken'; p.vocab_size = %d; "
-    code += "ranks = p.choose_ranks(); w = [p.windows(p.make_tokenizer(ranks), p.token_flags(ranks), t, 0) for t in "
-    code += "('0x1f' * 200, 'Everyone complained about the goalkeeper.' * 3)]; print(*map(len, w))"
-    code %= VOCAB
+    code = f"""import prepare as p
+p.dataset, p.tokenizer, p.vocab_size = "c4", "toy.tiktoken", {VOCAB}
+ranks = p.choose_ranks()
+for text in ("0x1f" * 200, "Everyone complained about the goalkeeper." * 3):
+    print(len(p.windows(p.make_tokenizer(ranks), p.token_flags(ranks), text, 0)))"""
     dropped, kept = map(int, python(hub, "", code).split())
     assert dropped == 0 and kept > 0
 

@@ -50,7 +50,9 @@ def test_cosine_schedule_is_cosine_squared(t):
 @given(st.floats(0, 1), st.floats(0.1, 10))
 def test_scale_shifts_log_snr_by_twice_its_logarithm(t, scale):
     t = torch.tensor(t, dtype=torch.float64)
-    assert (cosine_log_snr(t, scale) - cosine_log_snr(t)).item() == pytest.approx(2 * math.log(scale), abs=1e-9)
+    assert (cosine_log_snr(t, scale) - cosine_log_snr(t)).item() == pytest.approx(
+        2 * math.log(scale), abs=1e-9
+    )
 
 
 def test_schedule_is_finite_and_falls_from_clean_to_noise():

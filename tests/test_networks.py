@@ -118,7 +118,9 @@ def test_decoder_loss_counts_each_real_token_that_something_precedes():
 def test_every_weight_of_the_decoder_learns():
     decoder = small_decoder()
     tokens = torch.randint(0, 97, (4, 30))
-    decoder(tokens, torch.full((4,), 30), torch.tensor([3, 0, 10, 20]), torch.randn(4, 64), torch.rand(4)).backward()
+    decoder(
+        tokens, torch.full((4,), 30), torch.tensor([3, 0, 10, 20]), torch.randn(4, 64), torch.rand(4)
+    ).backward()
     gradients = {name: p.grad for name, p in decoder.named_parameters()}
     dead = [name for name, g in gradients.items() if g is None or not g.any()]
     # beyond the time layers that start at zero (nothing reaches the embedding behind them) all is alive
@@ -173,5 +175,7 @@ def test_targets_never_hold_a_padding_token(split):
     decoder, z, alpha2 = small_decoder(), torch.randn(1, 64), torch.rand(1)
     with torch.no_grad():
         one = decoder(tokens, length, torch.tensor([split]), z, alpha2)
-        other = decoder(tokens.clone().index_fill_(1, torch.arange(4, 10), 0), length, torch.tensor([split]), z, alpha2)
+        other = decoder(
+            tokens.clone().index_fill_(1, torch.arange(4, 10), 0), length, torch.tensor([split]), z, alpha2
+        )
     assert one.item() == pytest.approx(other.item(), abs=1e-6)

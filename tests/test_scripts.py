@@ -24,14 +24,18 @@ DIFFUSION = "train_diffusion.py config/toy.py --max_iters=20 --eval_interval=10 
 
 def python(command, cwd, **kwargs):
     """`python COMMAND` in the folder; its standard output."""
-    done = subprocess.run([sys.executable, *command.split()], cwd=cwd, capture_output=True, text=True, **kwargs)
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=cwd, capture_output=True, text=True, **kwargs
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    """A copy of the project in which the toy's whole path has run, with fewer steps than config/toy.py takes."""
+    """A copy of the project in which the toy's whole path has run, with fewer steps than config/toy.py
+    takes.
+    """
     folder = tmp_path_factory.mktemp("project")
     for name in glob.glob(f"{ROOT}/*.py"):
         shutil.copy(name, folder)
@@ -46,8 +50,8 @@ def project(tmp_path_factory):
 
 
 def sampled(project, guide, extra=""):
-    command = f"sample.py --prefix FILE:prefixes.txt --guide {guide} --num_samples 6 --max_new_tokens 40 --out s.jsonl"
-    python(f"{command} {extra}", project)
+    command = f"sample.py --prefix FILE:prefixes.txt --guide {guide} --num_samples 6 --max_new_tokens 40"
+    python(f"{command} --out s.jsonl {extra}", project)
     with open(project / "s.jsonl") as f:
         return [json.loads(line) for line in f]
 
@@ -78,7 +82,9 @@ def test_sample_writes_what_it_promises(project):
 
 
 def test_the_same_command_gives_the_same_text_and_another_seed_another(project):
-    one, again, other = (python(f"sample.py --steps 3 --num_samples 2 --seed {s}", project) for s in (1, 1, 2))
+    one, again, other = (
+        python(f"sample.py --steps 3 --num_samples 2 --seed {s}", project) for s in (1, 1, 2)
+    )
     assert one == again != other
     assert len(one.splitlines()) == 2 and one.strip()  # with no prefix at all
 
@@ -101,7 +107,9 @@ def digest(folder):
 
 def kill_when(arguments, cwd, condition):
     """Starts python, waits until the condition holds, and kills it as a power cut would."""
-    process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while process.poll() is None and not condition():
         time.sleep(0.01)
     assert process.poll() is None, "it ended before it could be killed"
@@ -157,11 +165,13 @@ def test_gradient_accumulation_sees_the_same_rows(project):
     assert sorted(epoch) == list(range(1000))
 
 
-# ---- bad input: one line on standard error, exit status 2 ----------------------------------------------------------
+# ---- bad input: one line on standard error, exit status 2 ----
 
 
 def call(project, command, capsys, monkeypatch):
-    """A script's main with these arguments, in this process -> exit status, the last line of standard error."""
+    """A script's main with these arguments, in this process -> exit status, the last line of standard
+    error.
+    """
     monkeypatch.chdir(project)
     script, *arguments = command.split()
     spec = importlib.util.spec_from_file_location("script", project / script)
@@ -210,7 +220,10 @@ BAD = [
     (f"prepare.py --dataset=cut.jsonl.gz {MINI}", "cannot read cut.jsonl.gz"),
     (f"prepare.py --dataset=nowhere.txt {MINI}", "there is no dataset 'nowhere.txt'"),
     ("prepare.py --dataset=blank.txt --tokenizer=bad.tiktoken", "bad.tiktoken"),
-    ("prepare.py --dataset=blank.txt --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=9999", "vocab_size=9999"),
+    (
+        "prepare.py --dataset=blank.txt --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=9999",
+        "vocab_size=9999",
+    ),
     ("prepare.py config/toy.py --block_size=20", "made with other max_documents, block_size"),
     ("prepare.py --judge=no_text.jsonl", "not a file of sample.py"),
     ("probes.py", "say --data"),
@@ -313,7 +326,11 @@ def test_a_spoilt_model_is_named(project, change, message, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, value, message",
-    [("format", 99, "has data format 99"), ("encoder", "other", "trained on other data"), ("E", 768, "meta.json says")],
+    [
+        ("format", 99, "has data format 99"),
+        ("encoder", "other", "trained on other data"),
+        ("E", 768, "meta.json says"),
+    ],
 )
 def test_data_of_another_kind_is_refused(project, name, value, message, capsys, monkeypatch):
     """Another format version; another encoder than the model's; arrays of another width."""
@@ -331,7 +348,10 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stands(project):
     python(f"{DECODER} --out_dir=out/full --max_iters=10", project)
     before = digest(project / "out/full")
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
-    code = limit + "sys.argv = sys.argv[1:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        limit
+        + "sys.argv = sys.argv[1:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     command = [sys.executable, "-c", code, *f"{DECODER} --out_dir=out/full".split()]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write out/full/decoder-000020" in done.stderr.splitlines()[-1]
@@ -339,14 +359,20 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stands(project):
 
 
 def test_no_network_is_one_clear_line_that_names_the_offline_way(project):
-    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project / "hf"), "HF_HUB_OFFLINE": "0"}
+    env = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(project / "hf"),
+        "HF_HUB_OFFLINE": "0",
+    }
     commands = {
         "probes.py --data=topic --out_dir=out/toy": "SetFit/ag_news",
         "train_decoder.py config/toy.py --out_dir=out/x --init_from=gpt2": "openai-community/gpt2",
-        f"prepare.py --dataset=one_label.jsonl {MINI} --encoder=sentence-transformers/sentence-t5-xl": "sentence-t5-xl",
+        f"prepare.py --dataset=one_label.jsonl {MINI} --encoder=org/sentence-t5-xl": "org/sentence-t5-xl",
     }
     options = {"cwd": project, "env": env, "stderr": subprocess.PIPE, "text": True}
-    running = {name: subprocess.Popen([sys.executable, *c.split()], **options) for c, name in commands.items()}
+    running = {
+        name: subprocess.Popen([sys.executable, *c.split()], **options) for c, name in commands.items()
+    }
     for name, process in running.items():  # side by side, for the hub's client tries for some 20 seconds
         last = process.communicate()[1].splitlines()[-1]
         assert process.returncode == 2 and name in last and "without a network" in last
