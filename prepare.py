@@ -202,10 +202,10 @@ def write_toy_files(folder, seed):
     for name, pairs in labelled.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         write_file(f"{folder}/{name}.jsonl", "".join(lines))
-    prefixes = {
-        text.split(". ")[0] + ".\n": None for text, _, _ in itertools.islice(toy_documents(seed + 2), 20)
+    openings = {
+        text.split(". ")[0] + ".\n": None for text, _, _ in itertools.islice(toy_documents(seed + 2), 99)
     }
-    write_file(f"{folder}/prefixes.txt", "".join(prefixes))
+    write_file(f"{folder}/prefixes.txt", "".join(list(openings)[:20]))
 
 
 # ------------------------------------------------------------------------------------------------------------
