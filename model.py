@@ -811,7 +811,7 @@ class DGLM:
 
 
 def newest_model():
-    """The model in out/ whose decoder was trained last, else the one in the box. Raises InputError for none."""
+    """The model in out/ that was trained last, else the one in the box. Raises InputError for none."""
     found = glob.glob("out/*/decoder.json") or glob.glob("pretrained/reviews/decoder.json")
     check(found, "there is no trained model in out/ yet: see the README's first command, or give --out_dir")
     return os.path.dirname(max(found, key=os.path.getmtime))

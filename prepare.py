@@ -18,6 +18,7 @@ meta.json. It streams, and the same command again continues an interrupted run t
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import tarfile
@@ -164,21 +165,21 @@ def grammar():
 
 
 def judge_file(path):
-    """Prints, for each guide in a file of sample.py, how often the grammar agrees, and how fluent the text
-    is.
-    """
-    rows = {}
+    """Prints, for each guide in a file of sample.py, what the grammar makes of its texts, in shares."""
+    verdicts = {}
     for row in read_json_lines(path):
         check(isinstance(row.get("continuation"), str), f"{path}: not a file of sample.py --out")
-        rows.setdefault(row.get("guide", "none"), []).append(judge_text(row["continuation"]))
-    print(f"{'guide':28}{'texts':>6}" + "".join(f"{k:>10}" for k in (*SENTIMENTS, *TOPICS, "fluent")))
-    for guide, verdicts in rows.items():
-        sentiments, topics, sentences, could = zip(*verdicts)
-        share = [sentiments.count(k) / len(verdicts) for k in SENTIMENTS] + [
-            topics.count(k) / len(verdicts) for k in TOPICS
-        ]
-        share.append(sum(could) / max(1, sum(sentences)))
-        print(f"{guide:28}{len(verdicts):6}" + "".join(f"{s:10.1%}" for s in share))
+        verdicts.setdefault(str(row.get("guide")), []).append(judge_text(row["continuation"]))
+    columns = (*SENTIMENTS, *TOPICS, "as asked", "fluent")
+    print(f"{'guide':24}{'texts':>6}" + "".join(f"{column:>10}" for column in columns))
+    for guide, rows in verdicts.items():
+        sentiments, topics, sentences, could = zip(*rows)
+        asked = {re.sub(r"^.*=|:.*$", "", item.strip()) for item in guide.split(",")}
+        share = {name: sentiments.count(name) / len(rows) for name in SENTIMENTS}
+        share |= {name: topics.count(name) / len(rows) for name in TOPICS}
+        share["as asked"] = sum(asked <= {s, t} for s, t in zip(sentiments, topics)) / len(rows)
+        share["fluent"] = sum(could) / max(1, sum(sentences))  # of the sentences
+        print(f"{guide:24}{len(rows):6}" + "".join(f"{share[column]:10.1%}" for column in columns))
 
 
 def toy_ranks():
@@ -202,10 +203,8 @@ def write_toy_files(folder, seed):
     for name, pairs in labelled.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         write_file(f"{folder}/{name}.jsonl", "".join(lines))
-    openings = {
-        text.split(". ")[0] + ".\n": None for text, _, _ in itertools.islice(toy_documents(seed + 2), 99)
-    }
-    write_file(f"{folder}/prefixes.txt", "".join(list(openings)[:20]))
+    openings = (text.partition(". ")[0] + ".\n" for text, _, _ in toy_documents(seed + 2))
+    write_file(f"{folder}/prefixes.txt", "".join(list(dict.fromkeys(itertools.islice(openings, 99)))[:20]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,13 +239,14 @@ def openwebtext_documents():
         revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
         name = f"urlsf_subset{number:02d}.tar"
         path = hub_file("Skylion007/openwebtext", name, repo_type="dataset", revision=revision)
-        with tarfile.open(path) as outer:
-            for member in outer:
-                if member.name.endswith(".xz"):
+        try:
+            with tarfile.open(path) as outer:
+                for member in (m for m in outer if m.name.endswith(".xz")):
                     with tarfile.open(fileobj=outer.extractfile(member), mode="r|xz") as inner:
-                        for text in inner:
-                            if text.isfile():
-                                yield inner.extractfile(text).read().decode("utf-8", "replace")
+                        for text in (t for t in inner if t.isfile()):
+                            yield inner.extractfile(text).read().decode("utf-8", "replace")
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
+            raise InputError(f"{path} is damaged ({e}): remove it, and it is downloaded again") from None
 
 
 def c4_documents():
@@ -290,23 +290,17 @@ def choose_ranks():
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except Exception as e:
             offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
-            raise InputError(
-                f"cannot get GPT-2's BPE through tiktoken ({type(e).__name__}); {offline}"
-            ) from None
+            why = type(e).__name__
+            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({why}); {offline}") from None
     else:
         ranks = read_ranks(tokenizer)
     limit = len(ranks) + 1
-    check(
-        257 <= vocab_size <= limit,
-        f"vocab_size={vocab_size}: the tokenizer {tokenizer} allows 257 to {limit}",
-    )
+    check(257 <= vocab_size <= limit, f"vocab_size={vocab_size}: {tokenizer} allows 257 to {limit}")
     return {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
 
 
 def token_flags(ranks):
-    """What a token's bytes say of it, as boolean arrays over the vocabulary: it begins a word, a character;
-    ends a sentence.
-    """
+    """Boolean arrays over the vocabulary: the token begins a word, begins a character, ends a sentence."""
     tokens = sorted(ranks, key=ranks.get)
     word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
     character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
@@ -315,9 +309,7 @@ def token_flags(ranks):
 
 
 def cut(tokens, size, flags):
-    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence end, word or
-    character there is.
-    """
+    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence, word or letter."""
     word, character, sentence = flags
     start = 0
     while start < len(tokens):
@@ -344,11 +336,9 @@ def split_point(window, flags, rng):
 
 
 def windows(bpe, flags, text, number):
-    """The windows of document `number` -> [(tokens, split), ...]; none where it is empty or, of c4, no
-    prose.
-    """
+    """The windows of document `number` -> [(tokens, split), ...]; none if it is empty or, of c4, no prose."""
     tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
-    if not text.strip() or dataset == "c4" and len(tokens) >= 0.25 * len(text):
+    if not text or dataset == "c4" and len(tokens) >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
     pieces = list(cut(tokens, block_size, flags))
@@ -362,7 +352,7 @@ def shards(texts, done, bpe, flags, bar):
     """Pairs (number, text) -> yields ({"train": windows, "val": windows}, documents done), by the SHARD."""
     shard = {"train": [], "val": []}
     for number, text in texts:
-        text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which are no text
+        text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
         shard["val" if number % val_every == 0 else "train"] += windows(bpe, flags, text, number)
         done = number + 1
         bar.update()
@@ -378,9 +368,7 @@ def shards(texts, done, bpe, flags, bar):
 
 
 class Arrays:
-    """The .npy files of one split, appended to; `cut_to` drops the rows that an interruption left half
-    done.
-    """
+    """The .npy files of one split, appended to; `cut_to` drops what an interruption left half done."""
 
     def __init__(self, folder, E):
         os.makedirs(folder, exist_ok=True)
@@ -397,10 +385,12 @@ class Arrays:
             fields = {"descr": kind, "fortran_order": False, "shape": (rows, *shape)}
             np.lib.format.write_array_header_1_0(header, fields)
             assert len(header.getvalue()) == HEADER  # numpy leaves room for the first axis to grow
-            file = self.files[name]
+            file, size = self.files[name], HEADER + rows * np.dtype((kind, shape)).itemsize
+            whole = rows == 0 or os.path.getsize(file.name) >= size
+            check(whole, f"{file.name} has lost rows: remove its folder and prepare it again")
             file.seek(0)
             file.write(header.getvalue())
-            file.truncate(HEADER + rows * np.dtype(kind).itemsize * int(np.prod(shape, dtype=int)))
+            file.truncate(size)
             file.seek(0, os.SEEK_END)
             file.flush()
 
@@ -413,17 +403,14 @@ class Arrays:
 
 
 def embed(batch, bpe, encode, E):
-    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; an absent prefix is all
-    zeros.
-    """
+    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; no prefix is all zeros."""
     length, split = np.array([len(t) for t, _ in batch]), np.array([s for _, s in batch])
     tokens = np.zeros((len(batch), block_size), dtype=np.uint16)
     for row, (window, _) in zip(tokens, batch):
         row[: len(window)] = window
     ends = [len(w) - (w[-1] == bpe.eot_token) for w, _ in batch]
-    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s] + [
-        bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)
-    ]
+    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s]
+    texts += [bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)]
     embedded = encode(texts).astype(np.float16)
     prefix_emb = np.zeros((len(batch), E), dtype=np.float16)
     prefix_emb[split > 0], cont_emb = embedded[: -len(batch)], embedded[-len(batch) :]

@@ -70,7 +70,7 @@ def shares():
 
 
 def test_guidance_at_weight_one_comes_near_the_posterior(shares):
-    """It stays on the near side: sigma / alpha, the paper's deviation, is wider than the true p(x | z_t), which
+    """It stays on the near side: sigma / alpha, the paper's deviation, is wider than the true p(x | z_t), and
     blunts the gradient at high noise. 0.78 of the samples here, where the posterior has 0.85.
     """
     found, posterior = shares
