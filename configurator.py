@@ -62,13 +62,10 @@ def declared(path):
         source = f.read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id.islower()
-        ):
+        name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+        if name.islower():
             comment = re.search(r"#\s*(.*)", lines[node.end_lineno - 1][node.value.end_col_offset :])
-            found[node.targets[0].id] = (ast.literal_eval(node.value), comment[1] if comment else "")
+            found[name] = (ast.literal_eval(node.value), comment[1] if comment else "")
     return found
 
 
@@ -84,7 +81,8 @@ def convert(key, value, default, where):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or value != value:
-        raise InputError(f"{where}: {key} is a {kind.__name__} (default {default!r}), not {value!r}")
+        what = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        raise InputError(f"{where}: {key} must be {what}, as {default!r}, not {value!r}")
     return value
 
 
@@ -107,26 +105,29 @@ def read_config(path, script, settings):
     except (SyntaxError, ValueError) as e:
         raise InputError(f"{path}, line {getattr(e, 'lineno', 1)}: not `key = value` lines: {e}") from None
     here = os.path.dirname(os.path.abspath(__file__))
-    scripts = {name: declared(f"{here}/{name}.py") for name in SCRIPTS if os.path.exists(f"{here}/{name}.py")}
-    shared, own = {}, {}
+    known = {name: declared(f"{here}/{name}.py") for name in SCRIPTS}
+    known[""] = {key: 1 for keys in known.values() for key in keys}  # what all scripts share
+    entries = []  # (script or "", key, value, where)
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # the docstring
         where = f"{path}, line {node.lineno}"
         try:
-            key, value = node.targets[0].id, ast.literal_eval(node.value)
+            name, value = node.targets[0].id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
-        for name, keys in {key: value}.items() if key in scripts else {"": {key: value}}.items():
-            if not isinstance(keys, dict):
-                raise InputError(f'{where}: {name} is a script: write {name} = {{"key": value}}')
-            for k, v in keys.items():
-                users = [s for s in ([name] if name else scripts) if k in scripts[s]]
-                if not users and not (name in ("", script) and k in settings):
-                    raise unknown(k, settings if name in ("", script) else scripts[name], where)
-                if k in settings and name in ("", script):
-                    (own if name else shared)[k] = convert(k, v, settings[k][0], where)
-    return shared | own
+        if name in SCRIPTS:
+            check(isinstance(value, dict), f'{where}: {name} is a script: write {name} = {{"key": value}}')
+            entries += [(name, str(k), v, where) for k, v in value.items()]
+        else:
+            entries.append(("", name, value, where))
+    values = {}
+    for section, key, value, where in sorted(entries, key=lambda entry: entry[0] != ""):  # shared ones first
+        if key not in known[section]:
+            raise unknown(key, known[section], where)
+        if section in ("", script) and key in settings:
+            values[key] = convert(key, value, settings[key][0], where)
+    return values
 
 
 def parse_arguments(arguments, script, settings):
@@ -173,6 +174,8 @@ def run(main, variables, arguments=None):
         main({key: variables[key] for key in settings})
     except InputError as e:
         fail(script, e, 2)
+    except BrokenPipeError:  # the reader of our output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:  # a full disk, a folder without permission
         fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
     except KeyboardInterrupt:

@@ -9,8 +9,10 @@ The texts go to standard output, a line each; notes to standard error.
 """
 
 import json
+import os
 import sys
 
+import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -49,14 +51,13 @@ def read_prefixes(text):
 
 
 def main(settings):
-    check(
-        min(num_samples, max_new_tokens, batch_size) >= 1,
-        "num_samples, max_new_tokens and batch_size must be at least 1",
-    )
-    check(
-        0 < top_p <= 1 and temperature >= 0 and repetition_penalty > 0,
-        "top_p must be in (0, 1], temperature 0 or more, repetition_penalty above 0",
-    )
+    for name in ("num_samples", "max_new_tokens", "batch_size"):
+        check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
+    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
+    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
+    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
+    folder_of_out = os.path.dirname(out) or "."
+    check(os.path.isdir(folder_of_out), f"cannot write {out}: there is no folder {folder_of_out}")
     prefixes = read_prefixes(prefix)
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
@@ -66,21 +67,22 @@ def main(settings):
     options["progress"] = lambda levels: tqdm(levels, desc="diffuse", leave=False)
     texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, batch_size, **options)
     rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
-    records = []
+    written, proposals = [], []
     for before, (text, proposal) in zip(rows, texts):
-        print(before + text, flush=True)
-        if out:
-            records.append(
-                {"prefix": before, "continuation": text, "guide": guide, "seed": seed, "proposal": proposal}
-            )
+        print((before + text).lstrip(), flush=True)
+        written.append(text)
+        proposals.append(proposal)
     if out:
-        read_back = model.encode([r["continuation"] for r in records])
-        for record, x in zip(records, read_back):
-            record["similarity"] = round(F.cosine_similarity(x, record.pop("proposal"), dim=0).item(), 4)
-            for probe in model.probes:
-                p = probe.log_prob(x).exp().tolist()
-                record[probe.name] = {c: round(v, 4) for c, v in zip(probe.classes, p)}
-        write_file(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        x = model.encode(written)  # read back, to see what became of the proposal
+        similarity = F.cosine_similarity(x, torch.stack(proposals)).tolist()
+        says = {probe.name: (probe.classes, probe.log_prob(x).exp().tolist()) for probe in model.probes}
+        lines = []
+        for i, (before, text) in enumerate(zip(rows, written)):
+            record = {"prefix": before, "continuation": text, "guide": guide, "seed": seed}
+            record["similarity"] = similarity[i]  # of the text to its proposal
+            record["probes"] = {name: dict(zip(classes, p[i])) for name, (classes, p) in says.items()}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_file(out, "".join(lines))
 
 
 if __name__ == "__main__":

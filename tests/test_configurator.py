@@ -39,9 +39,9 @@ def test_booleans_can_be_switched_off_and_later_values_win():
     [
         (["--batchsize=8"], "unknown key 'batchsize': did you mean batch_size?"),
         (["--zzz"], "unknown key 'zzz': see --help"),
-        (["--batch_size=1.5"], "batch_size is a int"),
-        (["--learning_rate=fast"], "learning_rate is a float"),
-        (["--learning_rate=nan"], "learning_rate is a float"),
+        (["--batch_size=1.5"], "batch_size must be a whole number"),
+        (["--learning_rate=fast"], "learning_rate must be a number"),
+        (["--learning_rate=nan"], "learning_rate must be a number"),
         (["--batch_size"], "--batch_size needs a value"),
         (["no_such_config.py"], "cannot read config file no_such_config.py"),
     ],
@@ -92,7 +92,7 @@ def test_a_config_file_sets_shared_values_and_those_of_its_script(tmp_path):
         ("stepz = 3", "unknown key 'stepz'"),
         ("sample = {'stepz': 3}", "did you mean steps?"),
         ("sample = 3", "sample is a script"),
-        ("steps = 'many'", "steps is a int"),
+        ("steps = 'many'", "steps must be a whole number"),
         ("steps =", "line 1"),
     ],
 )

@@ -76,9 +76,10 @@ def test_sample_writes_what_it_promises(project):
     rows = sampled(project, "sentiment=negative", "--seed 5 --steps 2")
     assert len(rows) == 48
     for row in rows:
-        assert set(row) == {"prefix", "continuation", "guide", "seed", "similarity", "sentiment", "topic"}
+        assert set(row) == {"prefix", "continuation", "guide", "seed", "similarity", "probes"}
         assert row["guide"] == "sentiment=negative" and row["seed"] == 5
-        assert sum(row["sentiment"].values()) == pytest.approx(1, abs=1e-3)
+        assert set(row["probes"]) == {"sentiment", "topic"}
+        assert sum(row["probes"]["sentiment"].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_same_command_gives_the_same_text_and_another_seed_another(project):
@@ -198,7 +199,7 @@ MINI = "--encoder=all-MiniLM-L6-v2 --tokenizer=data/toy/tokenizer.tiktoken --voc
 
 BAD = [
     ("sample.py --num_sample=3", "did you mean num_samples?"),
-    ("sample.py --steps=many", "steps is a int"),
+    ("sample.py --steps=many", "steps must be a whole number"),
     ("sample.py --steps=0", "steps=0"),
     ("sample.py --sampler=euler", "unknown sampler"),
     ("sample.py --guide=sad", "no probe has a class 'sad'"),
