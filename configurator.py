@@ -171,9 +171,12 @@ def run(main, variables, arguments=None):
     settings = declared(path)
     try:
         variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
+        check(0 <= variables["seed"] < 2**32, f"seed={variables['seed']}: must be from 0 to 2^32 - 1")
         main({key: variables[key] for key in settings})
     except InputError as e:
         fail(script, e, 2)
+    except torch.OutOfMemoryError:
+        fail(script, "the device is out of memory: lower --batch_size", 2)
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:  # a full disk, a folder without permission
@@ -316,6 +319,8 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
     for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
         if tensors is not None:
             file = f"{name}-{meta['step']:06d}{suffix}.safetensors"
+            if file == files.get(key, {}).get("file"):  # a run that started over, at the step of the old one
+                file = f"{name}-{meta['step']:06d}-again{suffix}.safetensors"
             tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
             write_file(f"{folder}/{file}", lambda p, t=tensors: save_file(t, p))
             files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
@@ -441,12 +446,11 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        kind = torch.zeros(1, device=name).device.type
     except (RuntimeError, AssertionError) as e:
-        raise InputError(
-            f"there is no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu"
-        ) from None
-    return name
+        raise InputError(f"no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu") from None
+    check(kind != "meta", f"no device {name!r}: try --device=cpu")
+    return "cpu" if kind == "cpu" else name
 
 
 def precision(device):
@@ -507,15 +511,13 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
     go down and to be shown. evaluate(): {name: number}, of which "loss" picks the checkpoint whose weights
     are kept. after_step(step): called after each optimizer step.
 
-    Every random number is a function of (seed, step), so a resumed run takes the very steps of one never
-    stopped.
+    Every random number is a function of (seed, step): a resumed run takes the steps of one never stopped, on
+    a CPU bit for bit.
     """
     s, device = settings, str(next(module.parameters()).device)
-    check(
-        min(s["batch_size"], s["gradient_accumulation"], s["max_iters"], s["eval_interval"]) >= 1,
-        "batch_size, gradient_accumulation, max_iters and eval_interval must be at least 1",
-    )
-    check(s["learning_rate"] > 0, "learning_rate must be positive")
+    for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
+        check(s[key] >= 1, f"{key}={s[key]}: must be at least 1")
+    check(s["learning_rate"] > 0, f"learning_rate={s['learning_rate']}: must be above 0")
     optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
     live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
@@ -537,7 +539,7 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
             for i in range(step * micro, (step + 1) * micro):
                 index = batch_index(data.size("train"), s["batch_size"], i, seed)
                 with autocast(device):
-                    value, shown = loss(index, generator_at(device, seed, i))
+                    value, shown = loss(index, generator_at(device, seed, 0, i))
                 scaler.scale(value / micro).backward()
                 total += shown.detach() / micro
             scaler.unscale_(optimizer)
@@ -552,14 +554,12 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
             if counted % 10 == 0 or due:
                 mean_loss = total.item() / counted
-                check(
-                    math.isfinite(mean_loss),
-                    f"the loss became {mean_loss} by step {step + 1}: lower --learning_rate; "
-                    f"{folder} keeps the checkpoint of step {meta['step']}",
-                )
+                diverged = f"lower --learning_rate; {folder} keeps the checkpoint of step {meta['step']}"
+                check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: {diverged}")
                 bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
             if due:
                 record = {"step": step + 1, "train": mean_loss} | evaluate()
+                check(math.isfinite(record["loss"]), f"the validation loss is {record['loss']}: {diverged}")
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
                 history.append(record)
@@ -599,5 +599,6 @@ def resume(name, folder, meta, live, optimizer, scaler):
         _, i, field = key.split(".")
         slots.setdefault(int(i), {})[field] = state[key]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     return saved | {"settings": meta["settings"]}

@@ -115,20 +115,21 @@ class AdaptiveNoise:
     """
 
     def __init__(self, device="cpu", bins=100):
-        self.value = torch.ones(bins, dtype=torch.float64, device=device)
+        self.value = torch.ones(bins, device=device)
 
     def sample(self, n, generator=None):
         """-> log_snr (n,) and the values of their bins (n,)."""
         bin = torch.multinomial(self.value, n, replacement=True, generator=generator)
         place = torch.rand(n, generator=generator, device=self.value.device)
         log_snr = ((bin + place) / len(self.value) - 0.5) * (2 * MAX_LOG_SNR)
-        return log_snr, self.value[bin].float()
+        return log_snr, self.value[bin]
 
     def update(self, log_snr, loss):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
         bin = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
-        count = torch.zeros_like(self.value).index_add_(0, bin, torch.ones_like(loss, dtype=torch.float64))
-        total = torch.zeros_like(self.value).index_add_(0, bin, loss.detach().double())
+        finite = loss.isfinite()  # an overflow is for the loop to report, not for the bins to remember
+        count = torch.zeros_like(self.value).index_add_(0, bin, finite.float())
+        total = torch.zeros_like(self.value).index_add_(0, bin, loss.detach().where(finite, 0.0))
         mean = torch.where(count > 0, total / count.clamp(min=1), self.value)
         self.value.lerp_(mean, 0.1)
 
@@ -240,7 +241,11 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
         super().__init__()
-        check(d % 64 == 0 and 4 * E % K == 0, f"prompt generator: d={d} must divide by 64, {4 * E} by K={K}")
+        check(
+            d >= 64 and d % 64 == 0 and n >= 1,
+            f"prompt generator: d={d} must be a multiple of 64, n={n} not 0",
+        )
+        check(K >= 1 and 4 * E % K == 0, f"prompt generator: 4E={4 * E} must divide by K={K}")
         self.K = K
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
@@ -259,8 +264,11 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
-        check(d % 64 == 0 and n % 2 == 0, f"diffusion: d={d} must divide by 64 and n={n} by 2")
-        check(4 * E % M == 0, f"diffusion: 4E={4 * E} must divide by M={M}")
+        check(
+            d >= 64 and d % 64 == 0 and n >= 2 and n % 2 == 0,
+            f"diffusion: d={d} must divide by 64 and n={n} by 2",
+        )
+        check(M >= 1 and 4 * E % M == 0, f"diffusion: 4E={4 * E} must divide by M={M}")
         self.M = M
         self.null = nn.Parameter(torch.randn(E))
         self.widen_z, self.inp_z = nn.Linear(E, 8 * E), nn.Linear(8 * E // M, d // 2)
@@ -354,8 +362,9 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, heads = config.n_embd, config.n_head
-        check(width % heads == 0, f"n_embd={width} must divide by n_head={heads}")
+        width, heads, layers = config.n_embd, config.n_head, config.n_layer
+        fits = min(width, heads, layers) >= 1 and width % heads == 0
+        check(fits, f"n_embd={width} must divide by n_head={heads}, and n_layer={layers} be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -381,7 +390,9 @@ class GPT(nn.Module):
             repo = f"openai-community/{name}" if name.startswith("gpt2") else name
             config = read_json(hub_file(repo, "config.json"))
             weights = [hub_file(repo, "model.safetensors")]
-        check(config.get("model_type") == "gpt2" and weights, f"{name} does not hold a GPT-2 in safetensors")
+        gelu = config.get("activation_function", "gelu_new") == "gelu_new"
+        same = config.get("model_type") == "gpt2" and gelu
+        check(same and weights, f"{name} does not hold a GPT-2 in safetensors")
         model = cls(GPTConfig(**{k: config[k] for k in asdict(GPTConfig()) if k in config}))
         own, wanted = {}, model.state_dict().keys()
         for path in weights:
@@ -427,16 +438,16 @@ class GPT(nn.Module):
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
         standing before token soft_at[i] of prompt i, by default at its end. temperature 0 takes the
         likeliest token; top_p keeps the smallest set of tokens with that probability; repetition_penalty
-        (Keskar et al. 2019) is for every token of the prompt and the text. Raises InputError where a prompt
-        leaves no room for the new tokens.
+        (Keskar et al. 2019) is for the tokens of prompt and text, with a soft prompt, as in transformers,
+        of the text alone. Raises InputError where a prompt leaves no room for the new tokens.
         """
         device, B = self.wte.weight.device, len(prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         T = max(1, int(lengths.max()))
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
-        longest, room = T + K + max_new_tokens, self.config.n_positions
-        if longest > room:
-            over = f"{T} tokens of prefix + {K} soft tokens + {max_new_tokens} new tokens > {room} positions"
+        longest, room, prefix = T + K + max_new_tokens, self.config.n_positions, int(lengths.max())
+        if prefix + K + max_new_tokens > room:
+            over = f"{prefix} tokens + {K} soft tokens + {max_new_tokens} new tokens > {room} positions"
             raise InputError(f"the prefix is too long: {over}: shorten it or lower --max_new_tokens")
         check(K or lengths.min() > 0, "an empty prompt needs a soft prompt")
 
@@ -445,7 +456,9 @@ class GPT(nn.Module):
         real = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
         vocab_size = self.config.vocab_size
         seen = torch.zeros(B, vocab_size + 1, dtype=torch.bool, device=device)
-        seen = seen.scatter_(1, tokens.masked_fill(~real, vocab_size), True)[:, :vocab_size]
+        if not K:
+            seen.scatter_(1, tokens.masked_fill(~real, vocab_size), True)
+        seen = seen[:, :vocab_size]
         h = self.wte(tokens)
         if K:
             h = insert(h, soft_prompt.to(h), pad + (lengths if soft_at is None else soft_at))
@@ -467,7 +480,7 @@ class GPT(nn.Module):
                 token = torch.where(done, stop, token)
                 done |= token == stop
             new = torch.cat((new, token[:, None]), dim=1)
-            if done.all() or new.shape[1] == max_new_tokens:
+            if done.all() or new.shape[1] >= max_new_tokens:
                 break
             seen.scatter_(1, token[:, None], True)
             h, positions, end = self.wte(token)[:, None], (end - pad)[:, None], end + 1
@@ -480,7 +493,7 @@ def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
     """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
     penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
     scores = torch.where(seen, penalised, scores)
-    if temperature == 0:
+    if temperature < 1e-6:
         return scores.argmax(-1)
     probability, order = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
     probability[probability.cumsum(-1) - probability >= top_p] = 0  # what is likelier already makes up top_p
@@ -608,6 +621,7 @@ def sample(
                 last_x = x
             last_h = h
             z = sigma_next / sigma * z - alpha_next * torch.expm1(-h / 2) * x
+    check(z.isfinite().all(), "the diffusion diverged: lower cfg_scale or the weights of the guides")
     return z
 
 
@@ -802,7 +816,7 @@ class DGLM:
         names = ("sigma2", "temperature", "top_p", "repetition_penalty")
         decoding = {name: options.pop(name) for name in names if name in options}
         generator = torch.Generator(self.device).manual_seed(seed)
-        rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
+        rows = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes for _ in range(num_samples)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             proposals = self.propose(batch, guide, generator, **options)

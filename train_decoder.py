@@ -51,6 +51,7 @@ NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the vali
 
 
 def main(settings):
+    check(noise_scale > 0, f"noise_scale={noise_scale}: must be above 0")
     place = pick_device(device)
     data = Data(dataset)
     folder = out_dir or f"out/{data_name(dataset)}"
@@ -75,8 +76,6 @@ def main(settings):
     network = {"gpt": asdict(gpt.config), "generator": generator}
     decoder = Decoder(gpt, PromptGenerator(**generator)).to(place)
     tokenizer = make_tokenizer(data.ranks())
-    os.makedirs(folder, exist_ok=True)
-    write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
     counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (decoder.gpt, decoder.generator)]
     print(f"decoder {counts[0]:.1f} M weights, prompt generator {counts[1]:.1f} M, on {place}")
     print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
@@ -100,7 +99,7 @@ def main(settings):
             tokens, length, split, x = data.rows(
                 "val", index, ("tokens", "length", "split", "cont_emb"), place
             )
-            eps = torch.randn(x.shape, generator=generator_at(place, seed, batch), device=place)
+            eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
             for level in totals:
                 sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
                 alpha2 = torch.full((len(x),), 1 - sigma2, device=place)
@@ -112,7 +111,7 @@ def main(settings):
         tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
         prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
         room = positions - soft_tokens - max(map(len, prompts))
-        options = {"generator": generator_at(place, seed), "top_p": 0.9}
+        options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}
         texts = write(decoder, tokenizer, prompts, x, min(32, room), **options)
         for row, end, n, text in zip(tokens, length, split, texts):
             print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
@@ -125,7 +124,12 @@ def main(settings):
             "listens": listens,
         }
 
-    train("decoder", folder, settings, data, decoder, network, {}, decoder.state_dict, loss, evaluate)
+    def weights():
+        os.makedirs(folder, exist_ok=True)
+        write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
+        return decoder.state_dict()
+
+    train("decoder", folder, settings, data, decoder, network, {}, weights, loss, evaluate)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ NOISE_LEVELS = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # log-SNR of the val
 
 
 def main(settings):
+    check(1 <= eval_steps <= 1000, f"eval_steps={eval_steps}: must be from 1 to 1000")
     place = pick_device(device)
     data = Data(dataset)
     folder = out_dir or f"out/{data_name(dataset)}"
@@ -110,7 +111,7 @@ def main(settings):
         totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
             x, x_pref, split = data.rows("val", index, ("cont_emb", "prefix_emb", "split"), place)
-            eps = torch.randn(x.shape, generator=generator_at(place, seed, batch), device=place)
+            eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
             for level in totals:
                 even = (torch.arange(len(x), device=place) + 0.5) / len(x) * 30 - 15
                 log_snr = even if level == "loss" else torch.full_like(even, NOISE_LEVELS[level])
@@ -123,7 +124,7 @@ def main(settings):
         index = rows[: max(2, len(rows) // 8)]
         names = ("cont_emb", "prefix_emb", "split", "tokens")
         x, x_pref, split, tokens = data.rows("val", index, names, place)
-        options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed)}
+        options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed, 2)}
         proposed = sample(ema, x_pref, split == 0, **options)
         std, mean = data.std.to(place), data.mean.to(place)
         true, other = (
@@ -133,7 +134,7 @@ def main(settings):
         if decoder is not None:
             prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
             room = decoder.gpt.config.n_positions - decoder.generator.K - max(map(len, prompts))
-            options = {"generator": generator_at(place, seed), "top_p": 0.9}
+            options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}
             texts = write(decoder, tokenizer, prompts, proposed[:2], min(32, room), **options)
             for prompt, text in zip(prompts, texts):
                 print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")

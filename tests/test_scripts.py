@@ -236,7 +236,18 @@ BAD = [
     ("train_decoder.py --dataset=unprepared", "run python prepare.py --dataset unprepared"),
     ("train_decoder.py config/toy.py --out_dir=out/x --init_from=out/toy", "config.json is missing"),
     ("train_decoder.py config/toy.py --n_embd=192", "holds another network"),
-    ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=0", "must be at least 1"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=0", "batch_size=0: must be at least 1"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --eval_rows=0", "eval_rows=0: must be at least 1"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --soft_tokens=0", "K=0"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --n_head=0", "n_head=0"),
+    ("train_decoder.py config/toy.py --seed=-1", "seed=-1"),
+    ("train_diffusion.py config/toy.py --out_dir=out/x --width=0", "d=0 must divide by 64"),
+    (
+        "train_diffusion.py config/toy.py --out_dir=out/x --learning_rate=1e20 --eval_interval=3",
+        "lower --learning_rate",
+    ),
+    ("sample.py --cfg_scale=inf --steps=2", "the diffusion diverged"),
+    ("sample.py --device=meta", "no device 'meta'"),
     ("train_diffusion.py config/toy.py --layers=3", "n=3 by 2"),
 ]
 
@@ -377,3 +388,20 @@ def test_no_network_is_one_clear_line_that_names_the_offline_way(project):
     for name, process in running.items():  # side by side, for the hub's client tries for some 20 seconds
         last = process.communicate()[1].splitlines()[-1]
         assert process.returncode == 2 and name in last and "without a network" in last
+
+
+def test_a_refused_run_leaves_the_model_as_it_was(project, capsys, monkeypatch):
+    """Training on other data into a finished model's folder."""
+    (project / "no_label_texts.jsonl").write_text('{"text": "A cat sat on the mat."}\n' * 3)
+    python(
+        "prepare.py --dataset no_label_texts.jsonl --encoder=all-MiniLM-L6-v2 "
+        "--tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300",
+        project,
+    )
+    before = digest(project / "out/toy")
+    command = (
+        "train_decoder.py config/toy.py --dataset=no_label_texts.jsonl --out_dir=out/toy --max_iters=999"
+    )
+    status, line = call(project, command, capsys, monkeypatch)
+    assert status == 2 and "trained on other data" in line
+    assert digest(project / "out/toy") == before
