@@ -450,14 +450,8 @@ def main(settings):
     os.makedirs(folder, exist_ok=True)
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
     if progress is None:
-        zeros = [0.0] * E
-        progress = {
-            "settings": choice,
-            "documents": 0,
-            "N": {"train": 0, "val": 0},
-            "sum": zeros,
-            "squares": zeros,
-        }
+        progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
+        progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
     arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])

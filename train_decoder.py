@@ -47,6 +47,7 @@ compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
+COLUMNS = ("tokens", "length", "split", "cont_emb")
 NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the validation
 
 
@@ -63,14 +64,13 @@ def main(settings):
     else:
         gpt = GPT.from_pretrained(init_from)
         vocab, positions = gpt.config.vocab_size, gpt.config.n_positions
+        here = data.meta["vocab_size"]
         check(
-            vocab == data.meta["vocab_size"],
-            f"{data.folder} has a tokenizer of {data.meta['vocab_size']} entries, {init_from} of {vocab}: "
-            f"prepare the data with --vocab_size={vocab}",
+            vocab == here,
+            f"{data.folder} has a vocabulary of {here}, {init_from} of {vocab}: prepare it anew",
         )
-        check(
-            data.meta["block_size"] + soft_tokens <= positions, f"{init_from} has only {positions} positions"
-        )
+        longest = data.meta["block_size"] + soft_tokens
+        check(longest <= positions, f"{init_from} has only {positions} positions, {longest} are needed")
     E = data.meta["E"]
     generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
     network = {"gpt": asdict(gpt.config), "generator": generator}
@@ -81,7 +81,7 @@ def main(settings):
     print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
     def loss(index, rng):
-        tokens, length, split, x = data.rows("train", index, ("tokens", "length", "split", "cont_emb"), place)
+        tokens, length, split, x = data.rows("train", index, COLUMNS, place)
         log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=place), noise_scale)
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=place), log_snr)
         value = decoder(tokens, length, split, z, log_snr.sigmoid())
@@ -89,26 +89,23 @@ def main(settings):
 
     @torch.no_grad()
     def evaluate():
-        """Loss of the continuations at fixed noise levels, and with the proposals of other rows; prints two
-        texts.
-        """
+        """Losses of the continuations, told their own proposals and those of other rows; prints two texts."""
         decoder.eval()
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            tokens, length, split, x = data.rows(
-                "val", index, ("tokens", "length", "split", "cont_emb"), place
-            )
+            tokens, length, split, x = data.rows("val", index, COLUMNS, place)
+            other = x.roll(len(x) // 2, 0)  # far enough to be of another document
             eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
             for level in totals:
                 sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
                 alpha2 = torch.full((len(x),), 1 - sigma2, device=place)
-                z = (1 - sigma2) ** 0.5 * (x.roll(1, 0) if level == "shuffled" else x) + sigma2**0.5 * eps
+                z = (1 - sigma2) ** 0.5 * (other if level == "shuffled" else x) + sigma2**0.5 * eps
                 with autocast(place):
                     value = decoder(tokens, length, split, z, alpha2, continuation_only=True)
                 totals[level] += value.item() * len(index) / len(rows)
         index = rows[:2]
-        tokens, length, split, x = data.rows("val", index, ("tokens", "length", "split", "cont_emb"), place)
+        tokens, length, split, x = data.rows("val", index, COLUMNS, place)
         prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
         room = positions - soft_tokens - max(map(len, prompts))
         options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}
@@ -117,12 +114,8 @@ def main(settings):
             print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
             print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
         decoder.train()
-        listens = totals["shuffled"] - totals["low"]
-        return {
-            "loss": sum(totals[k] for k in NOISE_LEVELS) / len(NOISE_LEVELS),
-            **totals,
-            "listens": listens,
-        }
+        mean = sum(totals[level] for level in NOISE_LEVELS) / len(NOISE_LEVELS)
+        return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 
     def weights():
         os.makedirs(folder, exist_ok=True)

@@ -89,10 +89,7 @@ def main(settings):
     if os.path.exists(f"{folder}/decoder.json"):
         meta, weights = load_checkpoint(folder, "decoder", device=place)
         same = meta["data"] == data.identity()
-        check(
-            same,
-            f"{folder}/decoder.json was trained on other data than {data.folder}: give another --out_dir",
-        )
+        check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: change --out_dir")
         decoder = build_decoder(meta["network"]).to(place).eval()
         load_weights(decoder, weights, f"{folder}/decoder.json")
     tokenizer = make_tokenizer(data.ranks())
@@ -104,9 +101,7 @@ def main(settings):
 
     @torch.no_grad()
     def evaluate():
-        """Of the averaged weights: the weighted loss, the error of v at fixed noise levels, and how near
-        samples come.
-        """
+        """Of the averaged weights: weighted loss, error of v at fixed levels, how near the samples come."""
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
@@ -127,10 +122,8 @@ def main(settings):
         options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed, 2)}
         proposed = sample(ema, x_pref, split == 0, **options)
         std, mean = data.std.to(place), data.mean.to(place)
-        true, other = (
-            F.cosine_similarity(proposed * std + mean, y * std + mean).mean().item()
-            for y in (x, x.roll(1, 0))
-        )
+        proposals, *targets = (y * std + mean for y in (proposed, x, x.roll(len(x) // 2, 0)))
+        true, other = (F.cosine_similarity(proposals, target).mean().item() for target in targets)
         if decoder is not None:
             prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
             room = decoder.gpt.config.n_positions - decoder.generator.K - max(map(len, prompts))
@@ -140,14 +133,11 @@ def main(settings):
                 print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
         return {**totals, "cosine": true, "cosine_shuffled": other}
 
-    live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
-
-    def after_step(step):
+    def average(step):
         update_ema(ema, model, step, ema_decay)
 
-    train(
-        "diffusion", folder, settings, data, model, network, live, ema.state_dict, loss, evaluate, after_step
-    )
+    live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
+    train("diffusion", folder, settings, data, model, network, live, ema.state_dict, loss, evaluate, average)
 
 
 if __name__ == "__main__":
