@@ -736,7 +736,7 @@ class DGLM:
     Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
     """
 
-    default_weight = 10.0  # of a guide without one
+    default_weight = 15.0  # of a guide without one
 
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
