@@ -182,7 +182,7 @@ def run(main, variables, arguments=None):
     except OSError as e:  # a full disk, a folder without permission
         fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
     except KeyboardInterrupt:
-        fail(script, "interrupted", 130)
+        fail(script, "interrupted; the same command continues from what was saved last", 130)
 
 
 def fail(script, message, status):
@@ -367,7 +367,7 @@ class Data:
         self.folder = f"{root}/{data_name(dataset)}"
         if not os.path.exists(f"{self.folder}/meta.json"):
             raise InputError(
-                f"{self.folder} is not prepared, or only in part: run python prepare.py --dataset {dataset}"
+                f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
             )
         self.meta = read_json(f"{self.folder}/meta.json")
         version = self.meta.get("format") if isinstance(self.meta, dict) else None
@@ -586,7 +586,7 @@ def resume(name, folder, meta, live, optimizer, scaler):
     )
     check(
         saved["network"] == meta["network"],
-        f"{folder}/{name}.json holds another network ({saved['network']}): {hint}",
+        f"{folder}/{name}.json holds a network of other sizes: {hint}",
     )
     changed = [k for k, v in meta["settings"].items() if saved["settings"].get(k) != v]
     note = f", with other {', '.join(changed)}" if changed else ""

@@ -420,6 +420,13 @@ class GPT(nn.Module):
             h = block(h, mask, None if cache is None else cache[i], end)
         return F.linear(self.ln_f(h if keep is None else h[keep]), self.wte.weight)
 
+    def check_room(self, tokens, K, max_new_tokens):
+        """Raises InputError where a prompt of so many tokens, K soft ones and the new ones are too many."""
+        over = f"{tokens} tokens + {K} soft tokens + {max_new_tokens} new tokens"
+        fits = tokens + K + max_new_tokens <= self.config.n_positions
+        hint = f"> {self.config.n_positions} positions: shorten it or lower --max_new_tokens"
+        check(fits, f"the prefix is too long: {over} {hint}")
+
     @torch.no_grad()
     def generate(
         self,
@@ -445,10 +452,8 @@ class GPT(nn.Module):
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         T = max(1, int(lengths.max()))
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
-        longest, room, prefix = T + K + max_new_tokens, self.config.n_positions, int(lengths.max())
-        if prefix + K + max_new_tokens > room:
-            over = f"{prefix} tokens + {K} soft tokens + {max_new_tokens} new tokens > {room} positions"
-            raise InputError(f"the prefix is too long: {over}: shorten it or lower --max_new_tokens")
+        longest = T + K + max_new_tokens
+        self.check_room(int(lengths.max()), K, max_new_tokens)
         check(K or lengths.min() > 0, "an empty prompt needs a soft prompt")
 
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
@@ -671,7 +676,7 @@ def parse_guide(text, probes, default_weight):
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         if not found:
             known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none (see probes.py)"
-            raise InputError(f"--guide: no probe has a class {name!r}; the probes are: {known}")
+            raise InputError(f"--guide: no probe has a class {name!r}; the probes of this model are: {known}")
         if len(found) > 1:
             ways = " or ".join(f"{p.name}={label}" for p in found)
             raise InputError(f"--guide: several probes have a class {label!r}: say {ways}")
@@ -815,8 +820,11 @@ class DGLM:
         """
         names = ("sigma2", "temperature", "top_p", "repetition_penalty")
         decoding = {name: options.pop(name) for name in names if name in options}
+        prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
+        longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
+        self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)
         generator = torch.Generator(self.device).manual_seed(seed)
-        rows = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes for _ in range(num_samples)]
+        rows = [p for p in prefixes for _ in range(num_samples)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             proposals = self.propose(batch, guide, generator, **options)

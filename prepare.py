@@ -295,7 +295,10 @@ def choose_ranks():
     else:
         ranks = read_ranks(tokenizer)
     limit = len(ranks) + 1
-    check(257 <= vocab_size <= limit, f"vocab_size={vocab_size}: {tokenizer} allows 257 to {limit}")
+    check(
+        257 <= vocab_size <= limit,
+        f"{tokenizer} does not have {vocab_size} entries: give --vocab_size, from 257 to {limit}",
+    )
     return {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
 
 
@@ -439,7 +442,9 @@ def main(settings):
             progress = read_json(path)
             made_with = progress.get("settings", {}) if isinstance(progress, dict) else {}
             changed = ", ".join(k for k, v in choice.items() if made_with.get(k) != v)
-            check(not changed, f"{folder} was made with other {changed}: remove it to prepare it again")
+            check(
+                not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file"
+            )
     if os.path.exists(meta_path):
         return print(f"{folder} is prepared already")
     source = documents()

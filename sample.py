@@ -20,7 +20,7 @@ from configurator import InputError, check, run, write_file
 from model import DGLM, newest_model
 
 prefix = ""  # text to continue, or FILE:path with one a line
-guide = "none"  # none, or classes of the probes with weights: negative, negative:30,sports:10
+guide = "none"  # none, or classes of the probes: negative (weight 15), negative:30,sports:10
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # of each text
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -55,9 +55,13 @@ def main(settings):
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
     check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
     check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
+    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 to 1")
     check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
     folder_of_out = os.path.dirname(out) or "."
     check(os.path.isdir(folder_of_out), f"cannot write {out}: there is no folder {folder_of_out}")
+    check(not os.path.isdir(out), f"cannot write {out}: it is a folder")
+    if os.path.exists(prefix):
+        print(f"note: {prefix} is a file; to continue its lines, say FILE:{prefix}", file=sys.stderr)
     prefixes = read_prefixes(prefix)
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
