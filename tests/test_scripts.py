@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from configurator import run
+from configurator import batch_index, run
 from prepare import OPENING, judge_text, pick_one
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -155,10 +155,8 @@ def test_training_resumes_to_the_same_losses_and_weights(project, name, command)
     assert whole["state"]["sha256"] == killed["state"]["sha256"]
 
 
-def test_gradient_accumulation_sees_the_same_rows(project):
+def test_gradient_accumulation_sees_the_same_rows():
     """Twice 32 rows a step read the epoch in the order in which once 64 rows read it."""
-    from model import batch_index
-
     once = batch_index(1000, 64, 3, seed=1)
     twice = np.concatenate([batch_index(1000, 32, n, seed=1) for n in (6, 7)])
     assert (once == twice).all()
