@@ -402,11 +402,10 @@ class Data:
         return array
 
     def ranks(self):
-        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken")
-        check(
-            len(ranks) + 1 == self.meta["vocab_size"],
-            f"{self.folder}: tokenizer.tiktoken is not that of meta.json",
-        )
+        """The ranks of the tokenizer that the data was prepared with. Raises InputError for another."""
+        path = f"{self.folder}/tokenizer.tiktoken"
+        ranks = read_ranks(path)
+        check(sha256(path) == self.meta["tokenizer"], f"{path} is not the tokenizer that meta.json names")
         return ranks
 
     def identity(self):
