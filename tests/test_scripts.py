@@ -339,7 +339,7 @@ def test_a_spoilt_model_is_named(project, change, message, capsys, monkeypatch):
     [
         ("format", 99, "has data format 99"),
         ("encoder", "other", "trained on other data"),
-        ("tokenizer", "other", "is not the tokenizer"),
+        ("tokenizer", "other", "trained on other data"),
         ("E", 768, "meta.json says"),
     ],
 )
