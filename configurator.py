@@ -13,6 +13,9 @@ command line then overrides them, left to right:
 A config file may serve several scripts: `key = value` sets the variable in every script that has it, and a
 dictionary named after a script, `train_decoder = {"batch_size": 64}`, sets it in that script alone. Values
 are literals: the file is parsed, not run.
+
+Below it stands the rest of what the scripts share and is not the method: files that are whole or absent,
+prepared data, and the training loop with its checkpoints.
 """
 
 import ast

@@ -4,8 +4,8 @@
                                                                                    |
     prefix tokens ------------------------------------------------------------> GPT decoder --> continuation
 
-Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text and files,
-training, and last `DGLM`, which puts a trained model together and writes with it.
+Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text, and last `DGLM`,
+which puts a trained model together and writes with it. Files and the training loop are in configurator.py.
 
 Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda =
 log(alpha^2 / sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M
