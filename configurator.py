@@ -475,15 +475,24 @@ def learning_rate_at(step, peak, warmup, max_iters):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
 
 
-def make_optimizer(module, learning_rate, betas, weight_decay):
-    """AdamW with a decay independent of the peak rate; only matrices decay."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    others = [p for p in module.parameters() if p.dim() < 2]
+def make_optimizers(module, learning_rate, betas, weight_decay, muon):
+    """AdamW; where muon > 0, Muon (Jordan et al. 2024) at that rate for the linear layers' matrices, AdamW
+    for the rest -> a list. Only matrices decay, independent of the peak rate, which is kept as `initial_lr`.
+    """
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} if muon else set()
+    rest = [p for p in module.parameters() if id(p) not in linear]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay / learning_rate},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay / learning_rate},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if linear:
+        matrices = [p for p in module.parameters() if id(p) in linear]
+        decay = weight_decay / muon
+        optimizers.append(torch.optim.Muon(matrices, muon, decay, momentum=0.95, adjust_lr_fn="original"))
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 @lru_cache(maxsize=2)
@@ -520,12 +529,14 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
     for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
         check(s[key] >= 1, f"{key}={s[key]}: must be at least 1")
     check(s["learning_rate"] > 0, f"learning_rate={s['learning_rate']}: must be above 0")
-    optimizer = make_optimizer(module, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"])
+    check(s["muon"] >= 0, f"muon={s['muon']}: must be 0 (AdamW alone) or above")
+    betas = s["beta1"], s["beta2"]
+    optimizers = make_optimizers(module, s["learning_rate"], betas, s["weight_decay"], s["muon"])
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
     live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
     meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
     if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
-        meta = resume(name, folder, meta, live, optimizer, scaler)
+        meta = resume(name, folder, meta, live, optimizers, scaler)
     start, history = meta["step"], meta["history"]
     if start >= s["max_iters"]:
         return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
@@ -535,20 +546,21 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
     total, counted = torch.zeros((), device=device), 0
     with tqdm(initial=start, total=s["max_iters"], desc=name, unit=" steps", dynamic_ncols=True) as bar:
         for step in range(start, s["max_iters"]):
-            rate = learning_rate_at(step, s["learning_rate"], s["warmup_iters"], s["max_iters"])
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+                group["lr"] = learning_rate_at(step, group["initial_lr"], s["warmup_iters"], s["max_iters"])
             for i in range(step * micro, (step + 1) * micro):
                 index = batch_index(data.size("train"), s["batch_size"], i, seed)
                 with autocast(device):
                     value, shown = loss(index, generator_at(device, seed, 0, i))
                 scaler.scale(value / micro).backward()
                 total += shown.detach() / micro
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             if after_step:
                 after_step(step)
             counted += 1
@@ -558,6 +570,7 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
                 mean_loss = total.item() / counted
                 diverged = f"lower --learning_rate; {folder} keeps the checkpoint of step {meta['step']}"
                 check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: {diverged}")
+                rate = optimizers[0].param_groups[0]["lr"]
                 bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
             if due:
                 record = {"step": step + 1, "train": mean_loss} | evaluate()
@@ -566,7 +579,8 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
                 best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
                 history.append(record)
                 state = {
-                    f"optimizer.{i}.{k}": v
+                    f"optimizer.{o}.{i}.{k}": v
+                    for o, optimizer in enumerate(optimizers)
                     for i, slot in optimizer.state_dict()["state"].items()
                     for k, v in slot.items()
                 }
@@ -575,10 +589,10 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
                 total, counted = torch.zeros((), device=device), 0
 
 
-def resume(name, folder, meta, live, optimizer, scaler):
-    """Puts module, optimizer and scaler back to where the checkpoint in `folder` left them -> its JSON.
+def resume(name, folder, meta, live, optimizers, scaler):
+    """Puts module, optimizers and scaler back to where the checkpoint in `folder` left them -> its JSON.
 
-    Raises InputError where it was made from other data or with another network.
+    Raises InputError where it was made from other data, with another network or other optimizers.
     """
     saved, state = load_checkpoint(folder, name, "state")
     hint = "give another --out_dir, or --resume=False to start over"
@@ -590,17 +604,23 @@ def resume(name, folder, meta, live, optimizer, scaler):
         saved["network"] == meta["network"],
         f"{folder}/{name}.json holds a network of other sizes: {hint}",
     )
+    same = (saved["settings"]["muon"] > 0) == (meta["settings"]["muon"] > 0)
+    check(
+        same,
+        f"{folder}/{name}.json was trained {'without' if meta['settings']['muon'] else 'with'} Muon: {hint}",
+    )
     changed = [k for k, v in meta["settings"].items() if saved["settings"].get(k) != v]
     note = f", with other {', '.join(changed)}" if changed else ""
     print(f"resuming {folder}/{name}.json at step {saved['step']}{note}")
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(state[key])
-    slots = {}
+    slots = [{} for _ in optimizers]
     for key in [k for k in state if k.startswith("optimizer.")]:
-        _, i, field = key.split(".")
-        slots.setdefault(int(i), {})[field] = state[key]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+        _, o, i, field = key.split(".")
+        slots[int(o)].setdefault(int(i), {})[field] = state[key]
+    for optimizer, slot in zip(optimizers, slots):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": slot})
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return saved | {"settings": meta["settings"]}

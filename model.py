@@ -185,6 +185,23 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
 
 
+def attend(q, k, v, mask=None, causal=False):
+    """Softmax attention: q (B, heads, T, head), k and v (B, heads, S, head) -> like q.
+
+    mask: (B, 1, T, S) bool, True where q may look.
+    """
+    if v.dtype != torch.bfloat16 or not v.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (
+        q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    )  # here the fused kernel trains at a quarter of the speed
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).type_as(v) @ v
+
+
 class Block(nn.Module):
     """Attention and a gated feed-forward, each on an input normalised, then modulated by the noise level."""
 
@@ -204,7 +221,7 @@ class Block(nn.Module):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
         q, k, v = (x.view(B, T, -1, 64).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # (B, heads, T, 64)
-        y = F.scaled_dot_product_attention(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
+        y = attend(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
         a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
         return h + self.ff_out(a * F.silu(g))
@@ -323,7 +340,7 @@ class CausalSelfAttention(nn.Module):
         if kv is not None:  # kv (2, B, n_head, longest, head): write the new columns, read all up to `end`
             kv[0, :, :, end - T : end], kv[1, :, :, end - T : end] = k, v
             k, v = kv[:, :, :, :end]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -639,6 +656,7 @@ class Probe:
     coef: torch.Tensor  # (classes, E)
     intercept: torch.Tensor  # (classes,)
     encoder: str
+    weight: float  # of a guide that gives none
 
     def log_prob(self, x):
         """Unit embeddings (..., E) -> log p(class | x) (..., classes)."""
@@ -649,29 +667,30 @@ class Probe:
         """Reads NAME.npz. Raises InputError where it is not a probe."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                classes, coef, intercept, encoder = (
-                    f[k] for k in ("classes", "coef", "intercept", "encoder")
-                )
+                keys = ("classes", "coef", "intercept", "encoder", "weight")
+                classes, coef, intercept, encoder, weight = (f[k] for k in keys)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise InputError(f"{path} is not a probe of probes.py: {e}") from None
         name = os.path.splitext(os.path.basename(path))[0]
-        return cls(name, [str(c) for c in classes], torch.tensor(coef), torch.tensor(intercept), str(encoder))
+        tensors = torch.tensor(coef), torch.tensor(intercept)
+        return cls(name, [str(c) for c in classes], *tensors, str(encoder), float(weight))
 
 
-def parse_guide(text, probes, default_weight):
+def parse_guide(text, probes):
     """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
 
-    Raises InputError for an unknown class, one that several probes share, or a weight that is not a number
-    >= 0.
+    Where no weight is given it is the probe's own. Raises InputError for an unknown class, one that several
+    probes share, or a weight that is not a number >= 0.
     """
     guides = []
     for item in [] if text.strip() in ("", "none") else text.split(","):
         name, colon, number = item.strip().rpartition(":") if ":" in item else (item.strip(), "", "")
         try:
-            weight = float(number) if colon else default_weight
+            weight = float(number) if colon else None
         except ValueError:
             weight = math.nan
-        check(0 <= weight < math.inf, f"--guide: {item.strip()!r}: the weight must be a number, 0 or more")
+        valid = weight is None or 0 <= weight < math.inf
+        check(valid, f"--guide: {item.strip()!r}: the weight must be a number, 0 or more")
         probe_name, _, label = name.rpartition("=")
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         if not found:
@@ -680,7 +699,9 @@ def parse_guide(text, probes, default_weight):
         if len(found) > 1:
             ways = " or ".join(f"{p.name}={label}" for p in found)
             raise InputError(f"--guide: several probes have a class {label!r}: say {ways}")
-        guides.append((found[0], found[0].classes.index(label), weight))
+        guides.append(
+            (found[0], found[0].classes.index(label), found[0].weight if weight is None else weight)
+        )
     return guides
 
 
@@ -741,8 +762,6 @@ class DGLM:
     Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
     """
 
-    default_weight = 15.0  # of a guide without one
-
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
         decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
@@ -792,7 +811,7 @@ class DGLM:
         def log_prob(probe, label):
             return lambda cloud: probe.log_prob(self.to_sphere(cloud))[..., label]
 
-        parsed = parse_guide(guide, self.probes, self.default_weight)
+        parsed = parse_guide(guide, self.probes)
         guides = [(log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
         absent = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes))
@@ -833,10 +852,17 @@ class DGLM:
 
 
 def newest_model():
-    """The model in out/ that was trained last, else the one in the box. Raises InputError for none."""
-    found = glob.glob("out/*/decoder.json") or glob.glob("pretrained/reviews/decoder.json")
-    check(found, "there is no trained model in out/ yet: see the README's first command, or give --out_dir")
-    return os.path.dirname(max(found, key=os.path.getmtime))
+    """The whole model in out/ that was trained last, else the one in the box. Raises InputError for none."""
+    folders = (os.path.dirname(path) for path in glob.glob("out/*/decoder.json"))
+    trained = [folder for folder in folders if os.path.exists(f"{folder}/diffusion.json")]
+    if trained:
+        return max(trained, key=lambda folder: os.path.getmtime(f"{folder}/decoder.json"))
+    box = "pretrained/reviews"
+    check(
+        os.path.exists(f"{box}/decoder.json"),
+        "there is no trained model in out/ yet: see the README, or give --out_dir",
+    )
+    return box
 
 
 def same_encoder(a, b):

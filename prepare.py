@@ -303,25 +303,36 @@ def choose_ranks():
 
 
 def token_flags(ranks):
-    """Boolean arrays over the vocabulary: the token begins a word, begins a character, ends a sentence."""
-    tokens = sorted(ranks, key=ranks.get)
+    """Boolean arrays over the vocabulary (the token begins a word, begins a character, ends a sentence), and
+    {token: its tokens without the space that it begins with}.
+    """
+    tokens, bpe = sorted(ranks, key=ranks.get), make_tokenizer(ranks)
     word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
     character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
     sentence = [re.search(rb"[.!?][\"')\]]*$", t) is not None for t in tokens] + [True]
-    return np.array(word), np.array(character), np.array(sentence)
+    bare = {
+        i: bpe.encode_ordinary(t[1:].decode()) for i, t in enumerate(tokens) if re.fullmatch(rb" [!-~]+", t)
+    }
+    return np.array(word), np.array(character), np.array(sentence), bare
 
 
 def cut(tokens, size, flags):
-    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence, word or letter."""
-    word, character, sentence = flags
+    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence, word or letter.
+
+    They begin without a space, as a prefix does that a person types.
+    """
+    word, character, sentence, bare = flags
     start = 0
     while start < len(tokens):
-        end = min(start + size, len(tokens))
+        head = np.array(bare.get(int(tokens[start]), tokens[start : start + 1]), dtype=np.int64)
+        if len(head) > size // 2:
+            head = tokens[start : start + 1]
+        end = min(start + size - len(head) + 1, len(tokens))
         if end < len(tokens):
             at = np.arange(start + size // 2, end) + 1  # an early end would waste the window
             begins = [word[tokens[at]] & sentence[tokens[at - 1]], word[tokens[at]], character[tokens[at]]]
             end = next((int(at[b][-1]) for b in begins if b.any()), end)
-        yield tokens[start:end]
+        yield np.concatenate((head, tokens[start + 1 : end]))
         start = end
 
 
@@ -329,7 +340,7 @@ def split_point(window, flags, rng):
     """Where the continuation begins: 0 (no prefix), or a random word of the window, or, where it has none,
     character.
     """
-    word, character, _ = flags
+    word, character, *_ = flags
     for begins in (word, character):
         at = np.flatnonzero(begins[window])
         at = at[(at > 0) & (at < len(window))]

@@ -27,6 +27,7 @@ out_dir = ""  # the model's folder; default the newest in out/
 encoder = ""  # default the model's; a sentence-transformers name or folder
 inverse_penalty = 1000.0  # scikit-learn's C
 max_iter = 10_000  # of lbfgs
+weight = 15.0  # of a guide towards its classes that gives none: higher is surer and less fluent
 balanced = False  # weigh the classes alike, however many rows they have; toxicity always is
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
@@ -134,6 +135,7 @@ def train_probe(x, labels, label, path, encoder_name, balance):
         coef=coef.astype(np.float32),
         intercept=intercept.astype(np.float32),
         encoder=np.array(encoder_name),
+        weight=weight,
         accuracy=accuracy,
         f1=f1,
         auc=auc,

@@ -20,7 +20,7 @@ from configurator import InputError, check, run, write_file
 from model import DGLM, newest_model
 
 prefix = ""  # text to continue, or FILE:path with one a line
-guide = "none"  # none, or classes of the probes: negative (weight 15), negative:30,sports:10
+guide = "none"  # none, or classes of the probes: negative (with its probe's weight), negative:30,sports:10
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # of each text
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews

@@ -39,6 +39,7 @@ warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0
 weight_decay = 1e-7  # shrinkage of the matrices a step, independent of the rate
 beta1 = 0.9  # AdamW
 beta2 = 0.99  # AdamW
+muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
 grad_clip = 1.0  # largest norm of the gradient
 eval_interval = 5000  # steps between validations, each with a checkpoint
 eval_rows = 2048  # validation windows

@@ -58,6 +58,7 @@ warmup_iters = 1000  # steps of linear warm-up; then a cosine to 0
 weight_decay = 1e-4  # shrinkage of the matrices a step, independent of the rate
 beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
+muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
 grad_clip = 1.0  # largest norm of the gradient
 ema_decay = 0.9999  # of the average of the weights, after a warm-up
 null_probability = 0.1  # of hiding the prefix

@@ -149,7 +149,9 @@ def test_sampling_is_a_function_of_the_generator():
 
 
 def probe(name, *classes):
-    return Probe(name, list(classes), torch.zeros(len(classes), 2), torch.zeros(len(classes)), "encoder")
+    return Probe(
+        name, list(classes), torch.zeros(len(classes), 2), torch.zeros(len(classes)), "encoder", 20.0
+    )
 
 
 PROBES = [
@@ -160,9 +162,9 @@ PROBES = [
 
 
 def test_guides_are_read_with_and_without_weights():
-    read = [(p.name, i, w) for p, i, w in parse_guide("sentiment=negative:30, sports,calm:0.5", PROBES, 20.0)]
+    read = [(p.name, i, w) for p, i, w in parse_guide("sentiment=negative:30, sports,calm:0.5", PROBES)]
     assert read == [("sentiment", 0, 30.0), ("topic", 1, 20.0), ("mood", 1, 0.5)]
-    assert parse_guide("none", PROBES, 20.0) == parse_guide("", PROBES, 20.0) == []
+    assert parse_guide("none", PROBES) == parse_guide("", PROBES) == []
 
 
 @pytest.mark.parametrize(
@@ -179,4 +181,4 @@ def test_guides_are_read_with_and_without_weights():
 )
 def test_a_guide_that_cannot_be_meant_is_refused(text, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        parse_guide(text, PROBES, 20.0)
+        parse_guide(text, PROBES)

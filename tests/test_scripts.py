@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -13,9 +14,12 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configurator import batch_index, run
-from prepare import OPENING, judge_text, pick_one
+from model import make_tokenizer
+from prepare import OPENING, cut, judge_text, pick_one, token_flags, toy_documents, toy_ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DECODER = "train_decoder.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
@@ -137,7 +141,20 @@ def test_prepare_resumes_to_the_same_bytes(project, tmp_path):
     assert digest(folders[0] / "data") == digest(folders[1] / "data")
 
 
-@pytest.mark.parametrize("name, command", [("decoder", DECODER), ("diffusion", DIFFUSION)])
+@given(size=st.integers(6, 80), number=st.integers(0, 20))
+def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
+    """At most `size` tokens, without a space in front, and together the whole document."""
+    ranks = toy_ranks()
+    bpe, flags = make_tokenizer(ranks), token_flags(ranks)
+    text = " ".join(document for document, *_ in itertools.islice(toy_documents(number), 5))
+    windows = list(cut(np.array(bpe.encode_ordinary(text)), size, flags))
+    texts = [bpe.decode(window) for window in windows]
+    assert max(map(len, windows)) <= size
+    assert not any(t.startswith(" ") for t in texts)
+    assert "".join(texts).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("name, command", [("decoder", f"{DECODER} --muon=0.02"), ("diffusion", DIFFUSION)])
 def test_training_resumes_to_the_same_losses_and_weights(project, name, command):
     python(f"{command} --out_dir=out/whole", project)
 
@@ -234,6 +251,7 @@ BAD = [
     ("train_decoder.py --dataset=unprepared", "is not prepared"),
     ("train_decoder.py config/toy.py --out_dir=out/x --init_from=out/toy", "config.json is missing"),
     ("train_decoder.py config/toy.py --n_embd=192", "holds a network of other sizes"),
+    ("train_decoder.py config/toy.py --muon=0.02", "was trained without Muon"),
     ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=0", "batch_size=0: must be at least 1"),
     ("train_decoder.py config/toy.py --out_dir=out/x --eval_rows=0", "eval_rows=0: must be at least 1"),
     ("train_decoder.py config/toy.py --out_dir=out/x --soft_tokens=0", "K=0"),
