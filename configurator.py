@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample")
-DATA_FORMAT = CHECKPOINT_FORMAT = 1
+DATA_FORMAT, CHECKPOINT_FORMAT = 1, 2
 
 
 class InputError(Exception):
