@@ -28,9 +28,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -40,7 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample")
+SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
 DATA_FORMAT, CHECKPOINT_FORMAT = 1, 2
 
 
@@ -184,8 +185,11 @@ def run(main, variables, arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:  # a full disk, a folder without permission
         fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
-    except KeyboardInterrupt:
-        fail(script, "interrupted; the same command continues from what was saved last", 130)
+    except KeyboardInterrupt as e:
+        hint = (
+            "" if script in ("probes", "sample") else "; the same command continues from what was saved last"
+        )
+        fail(script, f"{e or 'interrupted'}{hint}", 130)
 
 
 def fail(script, message, status):
@@ -242,6 +246,17 @@ def read_json_lines(path):
         ) from None
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank. Raises InputError for none."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read {path}: {e}") from None
+    check(lines, f"{path} holds no line of text")
+    return lines
 
 
 def sha256(path):
@@ -542,51 +557,94 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
         return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
     if s["compile"]:
         module.compile()
-    micro, seed = s["gradient_accumulation"], s["seed"]
-    total, counted = torch.zeros((), device=device), 0
-    with tqdm(initial=start, total=s["max_iters"], desc=name, unit=" steps", dynamic_ncols=True) as bar:
+    micro, seed, recent = s["gradient_accumulation"], s["seed"], []
+    # since the last validation: sum of the losses, steps, gradients that were not finite
+    total, counted, overflows = meta.get("running", (0.0, 0, 0))
+
+    def save(step, weights):
+        state = {
+            f"optimizer.{o}.{i}.{k}": v
+            for o, optimizer in enumerate(optimizers)
+            for i, slot in optimizer.state_dict()["state"].items()
+            for k, v in slot.items()
+        }
+        meta.update(step=step, scaler=scaler.state_dict(), running=[total, counted, overflows])
+        save_checkpoint(folder, name, meta, weights, live | state)
+
+    with (
+        tqdm(initial=start, total=s["max_iters"], desc=name, unit=" steps", dynamic_ncols=True) as bar,
+        deferred_interrupt() as interrupted,
+    ):
         for step in range(start, s["max_iters"]):
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = learning_rate_at(step, group["initial_lr"], s["warmup_iters"], s["max_iters"])
+            losses = []
             for i in range(step * micro, (step + 1) * micro):
                 index = batch_index(data.size("train"), s["batch_size"], i, seed)
                 with autocast(device):
                     value, shown = loss(index, generator_at(device, seed, 0, i))
                 scaler.scale(value / micro).backward()
-                total += shown.detach() / micro
+                losses.append(shown.detach())
+            recent.append(torch.stack(losses).mean())
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
+            if norm.isfinite():
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+            else:  # the step is left out
+                overflows += 1
             scaler.update()
             module.zero_grad(set_to_none=True)
             if after_step:
                 after_step(step)
-            counted += 1
             bar.update()
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
-            if counted % 10 == 0 or due:
-                mean_loss = total.item() / counted
-                diverged = f"lower --learning_rate; {folder} keeps the checkpoint of step {meta['step']}"
-                check(math.isfinite(mean_loss), f"the loss became {mean_loss} by step {step + 1}: {diverged}")
+            if len(recent) == 10 or due or interrupted:
+                for at, number in enumerate(torch.stack(recent).tolist(), step + 1 - len(recent)):
+                    row = batch_index(data.size("train"), s["batch_size"], at * micro, seed)[0]
+                    where = f"step {at + 1}, whose batch begins with row {row} of {data.folder}/train"
+                    kept = f"lower --learning_rate; the last checkpoint is of step {meta['step']}"
+                    check(math.isfinite(number), f"the loss became {number} in {where}: {kept}")
+                    total, counted = total + number, counted + 1
                 rate = optimizers[0].param_groups[0]["lr"]
-                bar.set_postfix(loss=f"{mean_loss:.4f}", rate=f"{rate:.1e}", refresh=False)
+                shown = {"loss": f"{total / counted:.4f}", "rate": f"{rate:.1e}"}
+                bar.set_postfix(shown | ({"overflows": overflows} if overflows else {}), refresh=False)
+                recent = []
             if due:
-                record = {"step": step + 1, "train": mean_loss} | evaluate()
-                check(math.isfinite(record["loss"]), f"the validation loss is {record['loss']}: {diverged}")
+                record = {"step": step + 1, "train": total / counted} | evaluate()
+                record |= {"overflows": overflows} if overflows else {}
+                check(math.isfinite(record["loss"]), f"the validation loss is {record['loss']}: {kept}")
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
                 history.append(record)
-                state = {
-                    f"optimizer.{o}.{i}.{k}": v
-                    for o, optimizer in enumerate(optimizers)
-                    for i, slot in optimizer.state_dict()["state"].items()
-                    for k, v in slot.items()
-                }
-                meta |= {"step": step + 1, "scaler": scaler.state_dict()}
-                save_checkpoint(folder, name, meta, weights() if best else None, live | state)
-                total, counted = torch.zeros((), device=device), 0
+                total, counted, overflows = 0.0, 0, 0
+                save(step + 1, weights() if best else None)
+            if interrupted and step + 1 < s["max_iters"]:
+                if not due:
+                    save(step + 1, None if history else weights())
+                raise KeyboardInterrupt(f"interrupted; saved at step {step + 1}")
+
+
+@contextmanager
+def deferred_interrupt():
+    """Within, Ctrl-C (or a polite kill) makes the yielded list true, for the loop to end its step and save;
+    a second one interrupts at once.
+    """
+    interrupted = []
+
+    def handler(number, frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+        print("\nends this step and saves it; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def resume(name, folder, meta, live, optimizers, scaler):

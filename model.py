@@ -19,6 +19,7 @@ of diffusion tokens.
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
+import difflib
 import glob
 import importlib.util
 import math
@@ -695,7 +696,9 @@ def parse_guide(text, probes):
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         if not found:
             known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none (see probes.py)"
-            raise InputError(f"--guide: no probe has a class {name!r}; the probes of this model are: {known}")
+            near = difflib.get_close_matches(label, [c for p in probes for c in p.classes], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"--guide: no probe has a class {name!r}; {hint}this model's probes: {known}")
         if len(found) > 1:
             ways = " or ".join(f"{p.name}={label}" for p in found)
             raise InputError(f"--guide: several probes have a class {label!r}: say {ways}")
@@ -766,7 +769,7 @@ class DGLM:
         self.device = pick_device(device)
         decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
         diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
-        data = decoder_meta["data"]
+        self.data = data = decoder_meta["data"]
         same = data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
         self.decoder = build_decoder(decoder_meta["network"]).to(self.device).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import InputError, check, run, write_file
+from configurator import check, read_lines, run, write_file
 from model import DGLM, newest_model
 
 prefix = ""  # text to continue, or FILE:path with one a line
@@ -37,19 +37,6 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 
 
-def read_prefixes(text):
-    """--prefix -> a list of prefixes."""
-    if not text.startswith("FILE:"):
-        return [text]
-    try:
-        with open(text[5:], encoding="utf-8-sig") as f:
-            lines = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read the prefixes: {e}") from None
-    check(lines, f"{text[5:]} holds no prefix")
-    return lines
-
-
 def main(settings):
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
@@ -62,7 +49,7 @@ def main(settings):
     check(not os.path.isdir(out), f"cannot write {out}: it is a folder")
     if os.path.exists(prefix):
         print(f"note: {prefix} is a file; to continue its lines, say FILE:{prefix}", file=sys.stderr)
-    prefixes = read_prefixes(prefix)
+    prefixes = read_lines(prefix[5:]) if prefix.startswith("FILE:") else [prefix]
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)

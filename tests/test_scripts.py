@@ -2,55 +2,25 @@
 
 import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from conftest import call, kill_when, python
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import batch_index, run
+from configurator import batch_index
 from model import make_tokenizer
-from prepare import OPENING, cut, judge_text, pick_one, token_flags, toy_documents, toy_ranks
+from prepare import cut, judge_text, token_flags, toy_documents, toy_ranks
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DECODER = "train_decoder.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
 DIFFUSION = "train_diffusion.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
-
-
-def python(command, cwd, **kwargs):
-    """`python COMMAND` in the folder; its standard output."""
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=cwd, capture_output=True, text=True, **kwargs
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def project(tmp_path_factory):
-    """A copy of the project in which the toy's whole path has run, with fewer steps than config/toy.py
-    takes.
-    """
-    folder = tmp_path_factory.mktemp("project")
-    for name in glob.glob(f"{ROOT}/*.py"):
-        shutil.copy(name, folder)
-    shutil.copytree(f"{ROOT}/config", folder / "config")
-    python("prepare.py config/toy.py --max_documents=1200", folder)
-    python("train_decoder.py config/toy.py --max_iters=200 --eval_interval=200 --eval_rows=64", folder)
-    python("train_diffusion.py config/toy.py --max_iters=100 --eval_interval=100 --eval_rows=64", folder)
-    python("probes.py config/toy.py", folder)
-    with open(folder / "prefixes.txt", "w") as f:
-        f.writelines(pick_one(OPENING, np.random.default_rng(i)) + ".\n" for i in range(8))
-    return folder
 
 
 def sampled(project, guide, extra=""):
@@ -110,18 +80,6 @@ def digest(folder):
     return {os.path.relpath(p, folder): hashlib.sha256(open(p, "rb").read()).hexdigest() for p in paths}
 
 
-def kill_when(arguments, cwd, condition):
-    """Starts python, waits until the condition holds, and kills it as a power cut would."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    while process.poll() is None and not condition():
-        time.sleep(0.01)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 def test_prepare_resumes_to_the_same_bytes(project, tmp_path):
     code = "import prepare, configurator; prepare.SHARD = 64; configurator.run(prepare.main, vars(prepare), "
     code += "['config/toy.py', '--max_documents=300'])"
@@ -172,6 +130,39 @@ def test_training_resumes_to_the_same_losses_and_weights(project, name, command)
     assert whole["state"]["sha256"] == killed["state"]["sha256"]
 
 
+def test_ctrl_c_saves_and_the_same_command_continues(project):
+    """Interrupted in step 8, between two checkpoints; the end is that of a run never stopped."""
+    python(f"{DIFFUSION} --out_dir=out/undisturbed", project)
+    code = f"""import os, signal, configurator, train_diffusion
+original = configurator.generator_at
+def generator_at(device, *numbers):
+    if numbers[1:] == (0, 7):
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(device, *numbers)
+configurator.generator_at = generator_at
+arguments = {DIFFUSION.split()[1:]} + ["--out_dir=out/stopped"]
+configurator.run(train_diffusion.main, vars(train_diffusion), arguments)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 130 and "saved at step 8; the same command continues" in done.stderr
+    assert "at step 8" in python(f"{DIFFUSION} --out_dir=out/stopped", project)
+    ends = [json.loads((project / f"out/{f}/diffusion.json").read_text()) for f in ("undisturbed", "stopped")]
+    assert ends[0]["history"] == ends[1]["history"]
+    assert ends[0]["state"]["sha256"] == ends[1]["state"]["sha256"]
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(project):
+    """The weights do not move by it, and the log shows that it happened."""
+    code = f"""import torch, configurator, train_diffusion
+original = torch.nn.utils.clip_grad_norm_
+torch.nn.utils.clip_grad_norm_ = lambda p, n: original(p, n) * (float("inf") if next(steps) == 3 else 1)
+steps = iter(range(99))
+arguments = {DIFFUSION.split()[1:]} + ["--out_dir=out/inf"]
+configurator.run(train_diffusion.main, vars(train_diffusion), arguments)"""
+    subprocess.run([sys.executable, "-c", code], cwd=project, check=True, capture_output=True)
+    history = json.loads((project / "out/inf/diffusion.json").read_text())["history"]
+    assert [record.get("overflows") for record in history] == [1, None]
+
+
 def test_gradient_accumulation_sees_the_same_rows():
     """Twice 32 rows a step read the epoch in the order in which once 64 rows read it."""
     once = batch_index(1000, 64, 3, seed=1)
@@ -182,20 +173,6 @@ def test_gradient_accumulation_sees_the_same_rows():
 
 
 # ---- bad input: one line on standard error, exit status 2 ----
-
-
-def call(project, command, capsys, monkeypatch):
-    """A script's main with these arguments, in this process -> exit status, the last line of standard
-    error.
-    """
-    monkeypatch.chdir(project)
-    script, *arguments = command.split()
-    spec = importlib.util.spec_from_file_location("script", project / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as e:
-        run(module.main, vars(module), arguments)
-    return e.value.code, capsys.readouterr().err.splitlines()[-1]
 
 
 FILES = {
@@ -220,7 +197,7 @@ BAD = [
     ("sample.py --guide=sad", "no probe has a class 'sad'"),
     ("sample.py --out_dir=nowhere", "nowhere/decoder.json is missing"),
     ("sample.py --prefix=FILE:nowhere.txt", "nowhere.txt"),
-    ("sample.py --prefix=FILE:blank.txt", "holds no prefix"),
+    ("sample.py --prefix=FILE:blank.txt", "holds no line"),
     ("sample.py --prefix=FILE:long.txt", "too long"),
     ("sample.py --sigma2=2", "sigma2=2.0"),
     ("sample.py --top_p=0", "top_p"),
@@ -260,7 +237,7 @@ BAD = [
     ("train_diffusion.py config/toy.py --out_dir=out/x --width=0", "d=0 must divide by 64"),
     (
         "train_diffusion.py config/toy.py --out_dir=out/x --learning_rate=1e20 --eval_interval=3",
-        "lower --learning_rate",
+        "whose batch begins with row",
     ),
     ("sample.py --cfg_scale=inf --steps=2", "the diffusion diverged"),
     ("sample.py --device=meta", "no device 'meta'"),
