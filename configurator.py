@@ -30,8 +30,10 @@ import os
 import re
 import signal
 import sys
+import time
 import zlib
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +41,8 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
@@ -173,10 +177,14 @@ def run(main, variables, arguments=None):
     path = variables["__file__"]
     script = os.path.splitext(os.path.basename(path))[0]
     settings = declared(path)
+    if RANK > 0:  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
         check(0 <= variables["seed"] < 2**32, f"seed={variables['seed']}: must be from 0 to 2^32 - 1")
         main({key: variables[key] for key in settings})
+        if PROCESSES > 1:
+            torch.distributed.destroy_process_group()
     except InputError as e:
         fail(script, e, 2)
     except torch.OutOfMemoryError:
@@ -454,6 +462,32 @@ class Data:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Several processes, one a GPU, started by torchrun. Alone, all of this is the identity.
+# ------------------------------------------------------------------------------------------------------------
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device):
+    """Meets the other processes of torchrun, if there are any."""
+    if PROCESSES > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def share(rows):
+    """This process's part of what all of them know."""
+    return rows[RANK::PROCESSES]
+
+
+def summed(x):
+    """The sum of a tensor over the processes."""
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Training: what the two stages share
 # ------------------------------------------------------------------------------------------------------------
 
@@ -461,7 +495,7 @@ class Data:
 def pick_device(name):
     """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.zeros(1, device=name).device.type
     except (RuntimeError, AssertionError) as e:
@@ -481,6 +515,21 @@ def precision(device):
 def autocast(device):
     dtype = precision(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
+
+
+def peak_rate(device):
+    """FLOP of matrix products a second: the maker's figure for a GPU that we know, else measured."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
+    for part, rate in known.items():
+        if part in name:
+            return rate
+    a, seconds = torch.randn(2048, 2048, device=device, dtype=precision(device)), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(seconds)
 
 
 def learning_rate_at(step, peak, warmup, max_iters):
@@ -528,14 +577,17 @@ def generator_at(device, *numbers):
     return torch.Generator(device).manual_seed(seed)
 
 
-def train(name, folder, settings, data, module, network, live, weights, loss, evaluate, after_step=None):
+def train(name, folder, settings, data, module, network, extra, weights, loss, evaluate, after_step=None):
     """The training loop of both stages, with checkpoints that resume exactly.
 
     name: of the checkpoint, `decoder` or `diffusion`. settings: those of the script. network: what rebuilds
-    the module, saved with it. live: {name: tensor} of what changes beside module and optimizer (averages,
-    bins). weights(): the tensors to export. loss(index, generator): of these rows of the training data, to
-    go down and to be shown. evaluate(): {name: number}, of which "loss" picks the checkpoint whose weights
-    are kept. after_step(step): called after each optimizer step.
+    the module, saved with it. extra: {name: tensor} of what changes beside module and optimizer (averages,
+    bins). weights(): the tensors to export. loss(net, index, generator): of these rows of the training data,
+    to go down and to be shown, each a mean over the rows; net is the module, or DistributedDataParallel of
+    it. evaluate(): {name: number}, of which "loss" picks the checkpoint whose weights are kept.
+    after_step(step): called after each optimizer step.
+
+    A batch is divided among the processes: however many there are, the steps are those of one.
 
     Every random number is a function of (seed, step): a resumed run takes the steps of one never stopped, on
     a CPU bit for bit.
@@ -548,18 +600,62 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
     betas = s["beta1"], s["beta2"]
     optimizers = make_optimizers(module, s["learning_rate"], betas, s["weight_decay"], s["muon"])
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
-    live = {f"module.{k}": v for k, v in module.state_dict().items()} | live
+    live = {f"module.{k}": v for k, v in module.state_dict().items()} | extra
     meta = {"step": 0, "data": data.identity(), "network": network, "settings": s, "history": []}
     if s["resume"] and os.path.exists(f"{folder}/{name}.json"):
         meta = resume(name, folder, meta, live, optimizers, scaler)
     start, history = meta["step"], meta["history"]
     if start >= s["max_iters"]:
         return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
+    join_processes(device)
+    n, micro, seed = data.size("train"), s["gradient_accumulation"], s["seed"]
+    check(
+        s["batch_size"] % PROCESSES == 0,
+        f"batch_size={s['batch_size']}: must divide by {PROCESSES} processes",
+    )
+
+    def forward(net, i):
+        """Of micro-batch i, this process's share."""
+        index = share(np.sort(batch_index(n, s["batch_size"], i, seed)))
+        with autocast(device):
+            return loss(net, index, generator_at(device, seed, 0, i))
+
+    before = {key: tensor.clone() for key, tensor in extra.items()}
+    with FlopCounterMode(display=False) as flops:  # on a trial run, of which nothing stays
+        forward(module, start * micro)[0].backward()
+    module.zero_grad(set_to_none=True)
+    for key, tensor in extra.items():
+        tensor.copy_(before[key])
+    work = flops.get_total_flops() * micro / peak_rate(device)  # seconds a step, at the device's peak
+    net = module
     if s["compile"]:
         module.compile()
-    micro, seed, recent = s["gradient_accumulation"], s["seed"], []
-    # since the last validation: sum of the losses, steps, gradients that were not finite
-    total, counted, overflows = meta.get("running", (0.0, 0, 0))
+    if PROCESSES > 1:
+        net = DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
+
+    def backward(step):
+        """Adds up the gradients of a step -> its loss."""
+        losses = []
+        for i in range(step * micro, (step + 1) * micro):
+            last = i == (step + 1) * micro - 1
+            with nullcontext() if last or net is module else net.no_sync():
+                value, shown = forward(net, i)
+                scaler.scale(value / micro).backward()
+            losses.append(shown.detach())
+        return torch.stack(losses).mean()
+
+    def descend(step):
+        """One step of the optimizers -> whether it was taken: not where the gradient is not finite."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, group["initial_lr"], s["warmup_iters"], s["max_iters"])
+            scaler.unscale_(optimizer)
+        finite = nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"]).isfinite().item()
+        for optimizer in optimizers if finite else []:
+            scaler.step(optimizer)
+        scaler.update()
+        module.zero_grad(set_to_none=True)
+        return finite
 
     def save(step, weights):
         state = {
@@ -571,47 +667,35 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
         meta.update(step=step, scaler=scaler.state_dict(), running=[total, counted, overflows])
         save_checkpoint(folder, name, meta, weights, live | state)
 
-    with (
-        tqdm(initial=start, total=s["max_iters"], desc=name, unit=" steps", dynamic_ncols=True) as bar,
-        deferred_interrupt() as interrupted,
-    ):
+    # since the last validation: sum of the losses, steps, gradients that were not finite
+    total, counted, overflows = meta.get("running", (0.0, 0, 0))
+    recent, options = [], {"desc": name, "unit": " steps", "dynamic_ncols": True, "disable": RANK > 0}
+    with tqdm(initial=start, total=s["max_iters"], **options) as bar, deferred_interrupt() as interrupted:
         for step in range(start, s["max_iters"]):
-            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-                group["lr"] = learning_rate_at(step, group["initial_lr"], s["warmup_iters"], s["max_iters"])
-            losses = []
-            for i in range(step * micro, (step + 1) * micro):
-                index = batch_index(data.size("train"), s["batch_size"], i, seed)
-                with autocast(device):
-                    value, shown = loss(index, generator_at(device, seed, 0, i))
-                scaler.scale(value / micro).backward()
-                losses.append(shown.detach())
-            recent.append(torch.stack(losses).mean())
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(module.parameters(), s["grad_clip"])
-            if norm.isfinite():
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
-            else:  # the step is left out
-                overflows += 1
-            scaler.update()
-            module.zero_grad(set_to_none=True)
+            recent.append(backward(step))
+            overflows += not descend(step)
             if after_step:
                 after_step(step)
             bar.update()
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
-            if len(recent) == 10 or due or interrupted:
-                for at, number in enumerate(torch.stack(recent).tolist(), step + 1 - len(recent)):
-                    row = batch_index(data.size("train"), s["batch_size"], at * micro, seed)[0]
+            stop = bool(interrupted) and PROCESSES == 1
+            if len(recent) == 10 or due or stop:
+                flag = torch.tensor(float(bool(interrupted)), device=device)  # all processes stop together
+                *losses, stop = summed(torch.stack([*recent, flag])).div(PROCESSES).tolist()
+                for at, number in enumerate(losses, step + 1 - len(recent)):
+                    row = batch_index(n, s["batch_size"], at * micro, seed)[0]
                     where = f"step {at + 1}, whose batch begins with row {row} of {data.folder}/train"
                     kept = f"lower --learning_rate; the last checkpoint is of step {meta['step']}"
                     check(math.isfinite(number), f"the loss became {number} in {where}: {kept}")
                     total, counted = total + number, counted + 1
-                rate = optimizers[0].param_groups[0]["lr"]
-                shown = {"loss": f"{total / counted:.4f}", "rate": f"{rate:.1e}"}
+                shown = {
+                    "loss": f"{total / counted:.4f}",
+                    "rate": f"{optimizers[0].param_groups[0]['lr']:.1e}",
+                }
+                shown["utilisation"] = f"{work * (bar.format_dict['rate'] or 0):.0%}"
                 bar.set_postfix(shown | ({"overflows": overflows} if overflows else {}), refresh=False)
                 recent = []
-            if due:
+            if due and RANK == 0:
                 record = {"step": step + 1, "train": total / counted} | evaluate()
                 record |= {"overflows": overflows} if overflows else {}
                 check(math.isfinite(record["loss"]), f"the validation loss is {record['loss']}: {kept}")
@@ -620,8 +704,8 @@ def train(name, folder, settings, data, module, network, live, weights, loss, ev
                 history.append(record)
                 total, counted, overflows = 0.0, 0, 0
                 save(step + 1, weights() if best else None)
-            if interrupted and step + 1 < s["max_iters"]:
-                if not due:
+            if stop and step + 1 < s["max_iters"]:
+                if not due and RANK == 0:
                     save(step + 1, None if history else weights())
                 raise KeyboardInterrupt(f"interrupted; saved at step {step + 1}")
 

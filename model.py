@@ -35,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import (
+    PROCESSES,
     InputError,
     autocast,
     check,
@@ -46,6 +47,8 @@ from configurator import (
     read_ranks,
     read_tensors,
     sha256,
+    share,
+    summed,
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,8 +132,8 @@ class AdaptiveNoise:
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
         bin = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
         finite = loss.isfinite()  # an overflow is for the loop to report, not for the bins to remember
-        count = torch.zeros_like(self.value).index_add_(0, bin, finite.float())
-        total = torch.zeros_like(self.value).index_add_(0, bin, loss.detach().where(finite, 0.0))
+        count = summed(torch.zeros_like(self.value).index_add_(0, bin, finite.float()))
+        total = summed(torch.zeros_like(self.value).index_add_(0, bin, loss.detach().where(finite, 0.0)))
         mean = torch.where(count > 0, total / count.clamp(min=1), self.value)
         self.value.lerp_(mean, 0.1)
 
@@ -141,8 +144,9 @@ def diffusion_loss(denoiser, x, x_pref, absent, noise, generator=None):
     -> the loss to descend, and the mean weighted loss over log_snr in [-15, 15] that it estimates, to show.
     x, x_pref: (B, E) standardised. absent: (B,) bool, rows whose prefix is replaced by the null vector.
     """
-    log_snr, density = noise.sample(len(x), generator)
-    eps = torch.randn(x.shape, generator=generator, device=x.device)
+    rows = len(x) * PROCESSES  # of several processes all draw alike, and each keeps its share
+    log_snr, density = map(share, noise.sample(rows, generator))
+    eps = share(torch.randn((rows, x.shape[1]), generator=generator, device=x.device))
     v = denoiser(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), absent)
     loss = loss_weight(log_snr) * (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
     value = (loss / density).mean()

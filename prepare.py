@@ -15,31 +15,38 @@ Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, toke
 meta.json. It streams, and the same command again continues an interrupted run to the same bytes.
 """
 
+import glob
 import io
 import itertools
 import json
 import lzma
 import os
 import re
+import shutil
 import tarfile
 from functools import cache
 
 import numpy as np
 import tiktoken
+import torch
 from tqdm import tqdm
 
 from configurator import (
     DATA_FORMAT,
+    PROCESSES,
+    RANK,
     InputError,
     check,
     data_name,
     hub_file,
+    join_processes,
     pick_device,
     read_json,
     read_json_lines,
     read_ranks,
     run,
     sha256,
+    share,
     write_file,
     write_ranks,
 )
@@ -234,7 +241,7 @@ def file_documents(path):
 
 def openwebtext_documents():
     """The 21 archives of the hub's copy, each of many .xz archives of text files."""
-    for number in range(21):
+    for number in share(range(21)):
         # the last revision of the archives that is complete; later ones need a library to read
         revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
         name = f"urlsf_subset{number:02d}.tar"
@@ -250,7 +257,7 @@ def openwebtext_documents():
 
 
 def c4_documents():
-    for number in range(1024):
+    for number in share(range(1024)):
         name = f"en/c4-train.{number:05d}-of-01024.json.gz"
         yield from (row["text"] for row in read_json_lines(hub_file("allenai/c4", name, repo_type="dataset")))
 
@@ -258,7 +265,7 @@ def c4_documents():
 def documents():
     """The texts of `dataset`. Raises InputError for a path that is missing or holds no text."""
     if dataset == "toy":
-        return (text for text, _, _ in toy_documents(seed))
+        return every(text for text, _, _ in toy_documents(seed))
     if dataset == "c4":
         return c4_documents()
     if dataset == "openwebtext":
@@ -273,7 +280,12 @@ def documents():
         all(f.endswith((".txt", ".jsonl", ".jsonl.gz")) for f in files),
         f"{dataset}: not .txt, .jsonl or .jsonl.gz",
     )
-    return itertools.chain.from_iterable(map(file_documents, files))
+    return every(itertools.chain.from_iterable(map(file_documents, files)))
+
+
+def every(texts):
+    """This process's share of the texts."""
+    return itertools.islice(texts, RANK, None, PROCESSES)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -368,7 +380,7 @@ def shards(texts, done, bpe, flags, bar):
     for number, text in texts:
         text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
         shard["val" if number % val_every == 0 else "train"] += windows(bpe, flags, text, number)
-        done = number + 1
+        done += 1
         bar.update()
         if len(shard["train"]) + len(shard["val"]) >= SHARD:
             yield shard, done
@@ -445,37 +457,52 @@ def main(settings):
     own = dataset != "toy" or max_documents <= 1_000_000
     check(own, "the toy has settings of its own: python prepare.py config/toy.py")
     folder = f"data/{data_name(dataset)}"
-    meta_path, progress_path = f"{folder}/meta.json", f"{folder}/progress.json"
+    meta_path, part = (
+        f"{folder}/meta.json",
+        f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder,
+    )
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
-    progress = None
-    for path in (meta_path, progress_path):
-        if progress is None and os.path.exists(path):
-            progress = read_json(path)
-            made_with = progress.get("settings", {}) if isinstance(progress, dict) else {}
-            changed = ", ".join(k for k, v in choice.items() if made_with.get(k) != v)
-            check(
-                not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file"
-            )
+    for path in (meta_path, f"{part}/progress.json"):
+        made = read_json(path) if os.path.exists(path) else {"settings": choice}
+        made_with = made.get("settings", {}) if isinstance(made, dict) else {}
+        changed = ", ".join(k for k, v in choice.items() if made_with.get(k) != v)
+        check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
     if os.path.exists(meta_path):
         return print(f"{folder} is prepared already")
+    place = pick_device(device)
+    join_processes(place)
+    progress = write_part(part, choice, place)
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+        progress = join_parts(folder) if RANK == 0 else None
+    if RANK == 0:
+        finish(folder, progress)
+
+
+def write_part(folder, choice, place):
+    """Writes the arrays of this process's share of the documents -> what progress.json holds at their end:
+    documents and windows done, and of the continuations' embeddings the sum and the sum of squares.
+    """
     source = documents()
     ranks = choose_ranks()
     check(len(ranks) < 65536, f"vocab_size={vocab_size}: at most 65536")
-    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, pick_device(device))
-    E = encode(["width"]).shape[1]
+    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, place)
+    E, path = encode(["width"]).shape[1], f"{folder}/progress.json"
     os.makedirs(folder, exist_ok=True)
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
-    if progress is None:
-        progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
-        progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
+    progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
+    progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
+    if os.path.exists(path):
+        progress = read_json(path)
     arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
 
-    done = progress["documents"]
-    total = max_documents if dataset in ("toy", "c4") else None
-    texts = itertools.islice(enumerate(source), done, max_documents)
-    with tqdm(total=total, initial=done, desc=folder, unit=" documents", dynamic_ncols=True) as bar:
+    done, most = progress["documents"], len(share(range(max_documents)))
+    numbered = zip(itertools.count(RANK, PROCESSES), source)
+    options = {"desc": folder, "unit": " documents", "dynamic_ncols": True, "disable": RANK > 0}
+    with tqdm(total=most if dataset in ("toy", "c4") else None, initial=done, **options) as bar:
+        texts = itertools.islice(numbered, done, most)
         for shard, progress["documents"] in shards(texts, done, bpe, flags, bar):
             for split, batch in shard.items():
                 if batch:
@@ -486,37 +513,57 @@ def main(settings):
                         x = columns["cont_emb"].astype(np.float64)
                         progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
                         progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
-            write_file(progress_path, json.dumps(progress))
+            write_file(path, json.dumps(progress))
             bar.set_postfix(windows=sum(progress["N"].values()))
+    for split in arrays:
+        arrays[split].cut_to(progress["N"][split])
+    return progress
 
+
+def join_parts(folder):
+    """One after another, the parts that the processes wrote -> their progress.json, added up."""
+    parts = [f"{folder}/part-{rank}-of-{PROCESSES}" for rank in range(PROCESSES)]
+    each = [read_json(f"{part}/progress.json") for part in parts]
+    os.replace(f"{parts[0]}/tokenizer.tiktoken", f"{folder}/tokenizer.tiktoken")
+    whole = {"settings": each[0]["settings"], "documents": sum(p["documents"] for p in each)}
+    whole |= {key: np.sum([p[key] for p in each], axis=0).tolist() for key in ("sum", "squares")}
+    whole["N"] = {split: sum(p["N"][split] for p in each) for split in ("train", "val")}
+    for split, rows in whole["N"].items():
+        arrays = Arrays(f"{folder}/{split}", len(whole["sum"]))
+        arrays.cut_to(0)
+        for part in parts:
+            columns = {name: np.load(f"{part}/{split}/{name}.npy", mmap_mode="r") for name in arrays.kinds}
+            for at in range(0, len(columns["length"]), SHARD):
+                arrays.append({name: column[at : at + SHARD] for name, column in columns.items()})
+        arrays.cut_to(rows)
+    return whole
+
+
+def finish(folder, progress):
+    """Writes meta.json, with which the data is whole, and removes what only an interrupted run needs."""
     n, done = progress["N"], progress["documents"]
+    leftovers = [f"{folder}/progress.json", *glob.glob(f"{glob.escape(folder)}/part-*")]
     if not n["train"] or not n["val"]:
-        os.remove(progress_path)
+        remove(leftovers)
         what = f"{done} documents gave {n['train']} windows for training and {n['val']} for validation"
         raise InputError(f"{dataset}: {what}; both are needed")
-    for split in arrays:
-        arrays[split].cut_to(n[split])
     mean = np.array(progress["sum"]) / n["train"]
     std = np.sqrt(np.maximum(np.array(progress["squares"]) / n["train"] - mean**2, 0))
-    meta = {
-        "format": DATA_FORMAT,
-        "name": data_name(dataset),
-        "encoder": encoder,
-        "tokenizer": sha256(f"{folder}/tokenizer.tiktoken"),
-        "vocab_size": len(ranks) + 1,
-        "block_size": block_size,
-        "E": E,
-        "N": n,
-        "documents": done,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "settings": choice,
-    }
+    tokenizer_path = f"{folder}/tokenizer.tiktoken"
+    meta = {"format": DATA_FORMAT, "name": data_name(dataset), "encoder": encoder}
+    meta |= {"tokenizer": sha256(tokenizer_path), "vocab_size": len(read_ranks(tokenizer_path)) + 1}
+    meta |= {"block_size": block_size, "E": len(mean), "N": n, "documents": done}
+    meta |= {"mean": mean.tolist(), "std": std.tolist(), "settings": progress["settings"]}
     if dataset == "toy":
         write_toy_files(folder, seed)
-    write_file(meta_path, json.dumps(meta, indent=1) + "\n")
-    os.remove(progress_path)
+    write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
+    remove(leftovers)
     print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate, of {done:,} documents")
+
+
+def remove(paths):
+    for path in filter(os.path.exists, paths):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,20 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from configurator import Data, autocast, check, data_name, generator_at, pick_device, run, train, write_ranks
+from configurator import (
+    PROCESSES,
+    Data,
+    autocast,
+    check,
+    data_name,
+    generator_at,
+    pick_device,
+    run,
+    share,
+    summed,
+    train,
+    write_ranks,
+)
 from model import GPT, Decoder, GPTConfig, PromptGenerator, cosine_log_snr, diffuse, make_tokenizer, write
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
@@ -81,11 +94,15 @@ def main(settings):
     print(f"decoder {counts[0]:.1f} M weights, prompt generator {counts[1]:.1f} M, on {place}")
     print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
-    def loss(index, rng):
+    def loss(net, index, rng):
         tokens, length, split, x = data.rows("train", index, COLUMNS, place)
-        log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=place), noise_scale)
-        z = diffuse(x, torch.randn(x.shape, generator=rng, device=place), log_snr)
-        value = decoder(tokens, length, split, z, log_snr.sigmoid())
+        rows = len(x) * PROCESSES  # all processes draw alike, and each keeps its share
+        log_snr = cosine_log_snr(share(torch.rand(rows, generator=rng, device=place)), noise_scale)
+        z = diffuse(x, share(torch.randn((rows, E), generator=rng, device=place)), log_snr)
+        value = net(tokens, length, split, z, log_snr.sigmoid())
+        if PROCESSES > 1:  # a mean over tokens, of which the processes do not have equally many
+            count = (length - (split > 0).long()).sum()
+            value = value * count * PROCESSES / summed(count.clone())
         return value, value
 
     @torch.no_grad()

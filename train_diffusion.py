@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import (
+    PROCESSES,
     Data,
     autocast,
     check,
@@ -29,6 +30,7 @@ from configurator import (
     load_weights,
     pick_device,
     run,
+    share,
     train,
 )
 from model import (
@@ -95,10 +97,10 @@ def main(settings):
         load_weights(decoder, weights, f"{folder}/decoder.json")
     tokenizer = make_tokenizer(data.ranks())
 
-    def loss(index, rng):
+    def loss(net, index, rng):
         x, x_pref, split = data.rows("train", index, ("cont_emb", "prefix_emb", "split"), place)
-        absent = (split == 0) | (torch.rand(len(x), generator=rng, device=place) < null_probability)
-        return diffusion_loss(model, x, x_pref, absent, noise, rng)
+        hidden = torch.rand(len(x) * PROCESSES, generator=rng, device=place) < null_probability
+        return diffusion_loss(net, x, x_pref, (split == 0) | share(hidden), noise, rng)
 
     @torch.no_grad()
     def evaluate():
