@@ -194,9 +194,8 @@ def run(main, variables, arguments=None):
     except OSError as e:  # a full disk, a folder without permission
         fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
     except KeyboardInterrupt as e:
-        hint = (
-            "" if script in ("probes", "sample") else "; the same command continues from what was saved last"
-        )
+        resumes = script not in ("probes", "sample")
+        hint = "; the same command continues from what was saved last" if resumes else ""
         fail(script, f"{e or 'interrupted'}{hint}", 130)
 
 
@@ -305,9 +304,8 @@ def read_ranks(path):
 
 
 def write_ranks(path, ranks):
-    lines = (
-        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-    )
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
     write_file(path, b"".join(lines))
 
 

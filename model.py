@@ -197,9 +197,8 @@ def attend(q, k, v, mask=None, causal=False):
     """
     if v.dtype != torch.bfloat16 or not v.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    scores = (
-        q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    )  # here the fused kernel trains at a quarter of the speed
+    # on a CPU in bf16 the fused kernel trains at a quarter of this formula's speed
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:
@@ -421,9 +420,8 @@ class GPT(nn.Module):
             for key, tensor in read_tensors(path).items():
                 key = key.removeprefix("transformer.")
                 if key in wanted:  # not the tied lm_head, nor the masks of old checkpoints
-                    conv1d = key.endswith(
-                        ("c_attn.weight", "c_fc.weight", "c_proj.weight")
-                    )  # holds (in, out)
+                    # a Conv1D holds (in, out)
+                    conv1d = key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
                     own[key] = tensor.t() if conv1d else tensor
         load_weights(model, own, name)
         return model
@@ -590,9 +588,8 @@ def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, g
             # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
             noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
             cloud = x[:, None] + (sigma / alpha)[:, None] * noise  # (B, points, E)
-            log_p = sum(
-                weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides
-            )  # (B,) + constant
+            # (B,), but for a constant
+            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
             (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
             x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
     return x.detach(), eps.detach()

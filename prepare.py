@@ -457,10 +457,8 @@ def main(settings):
     own = dataset != "toy" or max_documents <= 1_000_000
     check(own, "the toy has settings of its own: python prepare.py config/toy.py")
     folder = f"data/{data_name(dataset)}"
-    meta_path, part = (
-        f"{folder}/meta.json",
-        f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder,
-    )
+    meta_path = f"{folder}/meta.json"
+    part = f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
     for path in (meta_path, f"{part}/progress.json"):
         made = read_json(path) if os.path.exists(path) else {"settings": choice}

@@ -88,11 +88,8 @@ def main(settings):
     check(len(sources) == 1 or not name, "--name is for a single source of data")
     folder = out_dir or newest_model()
     check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
-    own = (
-        read_json(f"{folder}/decoder.json")["data"]["encoder"]
-        if os.path.exists(f"{folder}/decoder.json")
-        else ""
-    )
+    model = f"{folder}/decoder.json"
+    own = read_json(model)["data"]["encoder"] if os.path.exists(model) else ""
     encoder_name = encoder or own
     check(encoder_name, f"{folder} holds no model: say --encoder")
     labelled = [(source, *read_labelled(source)) for source in sources]
@@ -119,11 +116,8 @@ def train_probe(x, labels, label, path, encoder_name, balance):
     guess, classes = fit.classes_[p.argmax(1)], list(fit.classes_)
     binary = len(classes) == 2
     accuracy, f1 = accuracy_score(y_test, guess), f1_score(y_test, guess, average="macro")
-    auc = (
-        roc_auc_score([y == classes[1] for y in y_test], p[:, 1])
-        if binary
-        else roc_auc_score(y_test, p, multi_class="ovr")
-    )
+    one_score = p[:, 1] if binary else p
+    auc = roc_auc_score(y_test, one_score, multi_class="ovr")
     print(f"{label:16}{', '.join(classes):36}{len(labels):8}{accuracy:10.3f}{f1:8.3f}{auc:8.3f}")
     # two classes: scikit-learn keeps one row, the logit of the second; softmax([0, logit]) is the same probe
     coef = np.vstack((np.zeros_like(fit.coef_), fit.coef_)) if binary else fit.coef_
