@@ -183,7 +183,7 @@ def run(main, variables, arguments=None):
         variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
         check(0 <= variables["seed"] < 2**32, f"seed={variables['seed']}: must be from 0 to 2^32 - 1")
         main({key: variables[key] for key in settings})
-        if PROCESSES > 1:
+        if PROCESSES > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except InputError as e:
         fail(script, e, 2)
@@ -470,7 +470,7 @@ def join_processes(device):
     """Meets the other processes of torchrun, if there are any."""
     if PROCESSES > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # for the slowest part
 
 
 def share(rows):
@@ -518,16 +518,25 @@ def autocast(device):
 def peak_rate(device):
     """FLOP of matrix products a second: the maker's figure for a GPU that we know, else measured."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
+    known = {
+        "H100 PCIe": 756e12,
+        "H100": 989e12,
+        "H200": 989e12,
+        "A100": 312e12,
+        "L40S": 362e12,
+        "4090": 165e12,
+        "V100": 125e12,
+    }
     for part, rate in known.items():
         if part in name:
             return rate
-    a, seconds = torch.randn(2048, 2048, device=device, dtype=precision(device)), []
+    size = 8192 if name else 2048
+    a, seconds = torch.randn(size, size, device=device, dtype=precision(device)), []
     for _ in range(5):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 def learning_rate_at(step, peak, warmup, max_iters):
@@ -676,10 +685,11 @@ def train(name, folder, settings, data, module, network, extra, weights, loss, e
                 after_step(step)
             bar.update()
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
-            stop = bool(interrupted) and PROCESSES == 1
+            stop = bool(interrupted)
+            if PROCESSES > 1:  # all stop together
+                stop = summed(torch.tensor(float(stop), device=device)).item() > 0
             if len(recent) == 10 or due or stop:
-                flag = torch.tensor(float(bool(interrupted)), device=device)  # all processes stop together
-                *losses, stop = summed(torch.stack([*recent, flag])).div(PROCESSES).tolist()
+                losses = summed(torch.stack(recent)).div(PROCESSES).tolist()
                 for at, number in enumerate(losses, step + 1 - len(recent)):
                     row = batch_index(n, s["batch_size"], at * micro, seed)[0]
                     where = f"step {at + 1}, whose batch begins with row {row} of {data.folder}/train"
@@ -716,9 +726,9 @@ def deferred_interrupt():
     interrupted = []
 
     def handler(number, frame):
-        if interrupted:
+        if interrupted and time.monotonic() > interrupted[0] + 1:  # torchrun may say it twice
             raise KeyboardInterrupt
-        interrupted.append(number)
+        interrupted.append(time.monotonic())
         print("\nends this step and saves it; once more stops at once", file=sys.stderr)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

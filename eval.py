@@ -64,7 +64,7 @@ from configurator import (
     sha256,
     write_file,
 )
-from model import DGLM, newest_model, parse_guide
+from model import DGLM, check_decoding, newest_model, parse_guide
 
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -228,21 +228,26 @@ def attribute_judge(name, device):
     return [label.lower() for label in labels], score
 
 
+def judge_names():
+    own = "perspective" if "PERSPECTIVE_API_KEY" in os.environ else TOXICITY
+    return [own if name == "toxicity" else name for name in judges.split(",")]
+
+
 class Judges:
     """All judges, loaded at once: what is missing is said before the work. Raises InputError."""
 
     def __init__(self, labels, device):
         self.lm = LanguageModel(judge_lm, device)
-        own = "perspective" if "PERSPECTIVE_API_KEY" in os.environ else TOXICITY
-        names = [own if name == "toxicity" else name for name in judges.split(",") if labels]
         self.columns = {}  # {"label (judge)": (score, column, whether it is of the opposite)}
-        for name in names:
+        for name in judge_names() if labels else []:
             classes, score = attribute_judge(name, device)
             for label in labels:
                 opposite = label not in classes and OPPOSITE.get(label) in classes
                 if label in classes or opposite:
                     at = classes.index(OPPOSITE[label] if opposite else label)
-                    self.columns[f"{label} ({os.path.basename(name)})"] = score, at, opposite
+                    column = f"{label} ({os.path.basename(name)})"
+                    check(column not in self.columns, f"--judges {judges}: two are named {column}")
+                    self.columns[column] = score, at, opposite
         for label in labels:
             hint = f"--judges: none of {judges} knows {label!r}: add a .jsonl with text and label"
             check(self.of(label), hint)
@@ -276,7 +281,7 @@ def n_grams(text, n):
 def diversity(texts):
     """Div: the product over n = 2, 3, 4 of the share of all texts' n-grams that are distinct."""
     every = ([g for t in texts for g in n_grams(t, n)] for n in (2, 3, 4))
-    return math.prod(len(set(grams)) / len(grams) for grams in every if grams)
+    return math.prod(len(set(grams)) / len(grams) if grams else 0.0 for grams in every)
 
 
 def distinct_3(texts):
@@ -335,10 +340,10 @@ class Book:
     texts and what the judges say of them), from which an interrupted run continues.
     """
 
-    def __init__(self, name, settings, model):
+    def __init__(self, name, settings, made_from):
         self.path, self.partial = f"{results}/{name}.json", f"{results}/{name}.partial.jsonl"
         choice = {k: v for k, v in settings.items() if k not in ("task", "results", "device")}
-        self.head = {"task": name, "model": model, "configuration": choice}
+        self.head = {"task": name, "configuration": choice, "made_from": made_from}
         self.cells, self.whole = {}, None
         if os.path.exists(self.path):
             self.whole = read_json(self.path)
@@ -357,7 +362,7 @@ class Book:
     def check_head(self, found, path):
         made = found.get("configuration", {}) if isinstance(found, dict) else {}
         changed = [k for k, v in self.head["configuration"].items() if made.get(k) != v]
-        changed += ["model"] * (not changed and found.get("model") != self.head["model"])
+        changed += ["files or judges"] * (found.get("made_from") != self.head["made_from"])
         hint = "remove it, or give another --results"
         check(not changed, f"{path} was made with other {', '.join(changed)}: {hint}")
 
@@ -433,6 +438,7 @@ def table(book, rows, chunks, measure):
 def show(rows):
     """Prints the rows of `table` as Markdown."""
     names = list(dict.fromkeys(name for row in rows for name in row))[1:]
+    names = [name for name in names if name != "empty" or any(row.get(name, [0])[0] for row in rows)]
     print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for row in rows:
         cells = []
@@ -477,6 +483,7 @@ def measures(cells):
         "perplexity": np.exp(nats / tokens).mean(),  # the paper's, the mean over texts, which outliers rule
         "corpus perplexity": np.exp(nats.sum() / tokens.sum()),
         "Div": diversity(column(cells, "text")),
+        "empty": np.mean(column(cells, "tokens") == 0),
         "similarity": column(cells, "similarity").mean(),
     }
 
@@ -498,7 +505,7 @@ def held_out(model):
         words = [i for i in range(1, prefix_tokens + 1) if bpe.decode_single_token_bytes(row[i])[:1] == b" "]
         if words and len(prefixes) < num_texts:
             prefixes.append(bpe.decode(row[: words[-1]]))
-            truths.append(bpe.decode(row[words[-1] : words[-1] + new_tokens]))
+            truths.append(bpe.decode(row[words[-1] : words[-1] + new_tokens]).rstrip("\ufffd"))
     hint = f"{longest} tokens: lower --prefix_tokens or --new_tokens"
     check(len(prefixes) >= 20, f"only {len(prefixes)} held-out texts have {hint}")
     return prefixes, truths, model.encode(truths)
@@ -507,6 +514,7 @@ def held_out(model):
 def continuations(bench, book, settings):
     """What `generation` and `noise` share. settings: {row: (cfg_scale or None, sigma2)}."""
     prefixes, truths, true = held_out(bench.model)
+    print(f"{len(prefixes)} held-out texts")
     chunks = [slice(i, i + batch_size) for i in range(0, len(prefixes), batch_size)]
 
     @cache  # a proposal is the same whatever noise it then gets
@@ -520,7 +528,7 @@ def continuations(bench, book, settings):
         return bench.assess(prefixes[chunk], truths[chunk], true[chunk])
 
     def told(cfg_scale, noise, r, chunk):
-        proposals = proposed(r, chunk.start, cfg_scale) if cfg_scale else true[chunk]
+        proposals = true[chunk] if cfg_scale is None else proposed(r, chunk.start, cfg_scale)
         rng = bench.random(r, chunk.start, 1)
         written = bench.write(prefixes[chunk], proposals, new_tokens, rng, noise)
         return bench.assess(prefixes[chunk], written, proposals)
@@ -532,9 +540,11 @@ def continuations(bench, book, settings):
             return out
         reference = [book.cells[f"reference/{r}/{i}"] for i in range(len(chunks))]
         out["MAUVE"] = mauve(*histograms(unpack(cells, "features"), unpack(reference, "features"), seed + r))
-        if settings[name][0]:
+        if settings[name][0] is not None:
             a, b = unpack(cells, "proposals"), unpack(reference, "proposals")
-            out |= {"Frechet": frechet(a, b), "neighbour": neighbour_accuracy(a, b)}
+            some, others = np.array_split(np.random.default_rng(seed + r).permutation(len(a)), 2)
+            # of different texts, lest a proposal meet the truth of its own prefix
+            out |= {"Frechet": frechet(a, b), "neighbour": neighbour_accuracy(a[some], b[others])}
         return out
 
     rows = {"reference": ("reference", lambda r, chunk: assess_truth(chunk.start))}
@@ -569,15 +579,17 @@ def guided(bench, guide, count, r, prompt):
 
 def control(bench, book):
     """Figures 5 and 6: attribute and fluency against the weight of the guide."""
-    rows = {}
+    rows, labels = {}, {}
     for label in attributes.split(","):
         for w in numbers(weights):
             guide = f"{label}:{w:g}" if w else "none"
             rows[f"{label} {w:g}"] = (guide, partial(guided, bench, guide, 1))
-        rows[f"{label}, best of"] = (f"{label}, best of", partial(guided, bench, label, best_of))
+            labels[f"{label} {w:g}"] = label
+        best = f"{label}, best of {best_of} unguided"
+        rows[best], labels[best] = (best, partial(guided, bench, label, best_of)), label
 
     def measure(name, cells, r):
-        label, out = re.split("[ ,]", name)[0], measures(cells)
+        label, out = labels[name], measures(cells)
         out["Dist-3"] = np.mean([distinct_3(cell["text"]) for cell in cells])
         for judge in bench.judges.of(bare(label)):
             score, by = column(cells, judge), judge.partition(" ")[2]
@@ -589,15 +601,16 @@ def control(bench, book):
 
 def compose(bench, book):
     """Table 3: two attributes at once, and each alone."""
-    rows = {}
+    rows, labels = {}, {}
     for pair in pairs.split(","):
         for guide in ("none", *pair.split("+"), pair.replace("+", ",")):
             rows[f"{pair} by {guide}"] = (guide, partial(guided, bench, guide, 1))
+            labels[f"{pair} by {guide}"] = pair.split("+")
 
     def measure(name, cells, r):
         first, second = (  # a text succeeds where its judges, taken together, find the attribute likely
             np.mean([column(cells, judge) for judge in bench.judges.of(bare(label))], axis=0) > 0.5
-            for label in name.split()[0].split("+")
+            for label in labels[name]
         )
         success = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
         return success | measures(cells)
@@ -624,16 +637,18 @@ def runtime(bench, book):
         rng, lines, out = bench.random(r, count), [line] * batch, {}
         options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
         for _ in range(2):  # the first is to warm up
-            _, out["encode"] = seconds(model.encode, [line])
+            _, once = seconds(model.encode, [line])
+            _, out["encode"] = seconds(model.encode, lines)
             x, out["diffuse"] = seconds(bench.propose, lines, rng)
-            soft = model.decoder.generator(x, torch.full((batch,), 1 - sigma2, device=model.device))
+            alpha2 = torch.full((batch,), 1 - sigma2, device=model.device)
+            soft, out["prompt"] = seconds(model.decoder.generator, x, alpha2)
             generate = model.decoder.gpt.generate
             _, out["decode"] = seconds(generate, [tokens] * batch, count, soft, generator=rng, **options)
-        out["diffuse"] -= out["encode"]  # which `propose` does first
+        out["diffuse"] -= once  # `propose` encodes each different prefix
         return {name: [value / batch] for name, value in out.items()}
 
     def measure(name, cells, r):
-        out = {name: column(cells, name).mean() for name in ("encode", "diffuse", "decode")}
+        out = {name: column(cells, name).mean() for name in ("encode", "diffuse", "prompt", "decode")}
         return out | {"relative": sum(out.values()) / out["decode"]}
 
     rows = {}
@@ -724,8 +739,10 @@ def main(settings):
         "seeds",
         "batch_size",
     )
-    for name in (*counts, "best_of"):
+    for name in counts:
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
+    check(best_of >= 2, f"best_of={best_of}: must be at least 2")
+    check_decoding(sigma2, temperature, top_p, repetition_penalty)
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     for pair in pairs.split(","):
@@ -733,9 +750,11 @@ def main(settings):
     labels = attributes.split(",") * ("control" in wanted) + re.split("[,+]", pairs) * ("compose" in wanted)
     for label in labels:
         parse_guide(label, model.probes)  # says it now where no probe has that class
-    files = ("decoder.json", "diffusion.json", *(f"probes/{probe.name}.npz" for probe in model.probes))
-    hashes = {name: sha256(f"{folder}/{name}") for name in files}  # those of the weights are in the JSON
-    books = {name: Book(name, settings, hashes) for name in wanted}
+    files = ["decoder.json", "diffusion.json", *(f"probes/{probe.name}.npz" for probe in model.probes)]
+    files = [f"{folder}/{name}" for name in files]  # the JSON has the hashes of the weights
+    files += [name for name in (texts, prompts.removeprefix("FILE:"), *judge_names()) if os.path.isfile(name)]
+    made_from = {name: sha256(name) for name in files} | {"judges": judge_names()}
+    books = {name: Book(name, settings, made_from) for name in wanted}
     bench = None
     for name, book in books.items():
         if book.whole is None:

@@ -514,6 +514,14 @@ class GPT(nn.Module):
         return [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
+def check_decoding(sigma2=0.05, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
+    """Raises InputError for a setting that cannot be."""
+    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
+    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
+    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
+    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
+
+
 def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
     """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
     penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
@@ -558,7 +566,7 @@ def write(decoder, tokenizer, prompts, x, max_new_tokens, sigma2=0.05, generator
 
     decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
     """
-    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
+    check_decoding(sigma2, **decoding)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     z = math.sqrt(1 - sigma2) * x + math.sqrt(sigma2) * noise
     soft_prompt = decoder.generator(z, torch.full((len(z),), 1 - sigma2, device=x.device))
@@ -843,6 +851,7 @@ class DGLM:
         """
         names = ("sigma2", "temperature", "top_p", "repetition_penalty")
         decoding = {name: options.pop(name) for name in names if name in options}
+        check_decoding(**decoding)
         prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)

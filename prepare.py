@@ -241,7 +241,7 @@ def file_documents(path):
 
 def openwebtext_documents():
     """The 21 archives of the hub's copy, each of many .xz archives of text files."""
-    for number in share(range(21)):
+    for number in range(21):
         # the last revision of the archives that is complete; later ones need a library to read
         revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
         name = f"urlsf_subset{number:02d}.tar"
@@ -269,7 +269,7 @@ def documents():
     if dataset == "c4":
         return c4_documents()
     if dataset == "openwebtext":
-        return openwebtext_documents()
+        return every(openwebtext_documents())
     check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
     files = [dataset]
     if os.path.isdir(dataset):
@@ -522,6 +522,7 @@ def join_parts(folder):
     """One after another, the parts that the processes wrote -> their progress.json, added up."""
     parts = [f"{folder}/part-{rank}-of-{PROCESSES}" for rank in range(PROCESSES)]
     each = [read_json(f"{part}/progress.json") for part in parts]
+    remove([f"{folder}/progress.json"])  # of one process, whose arrays are about to go
     os.replace(f"{parts[0]}/tokenizer.tiktoken", f"{folder}/tokenizer.tiktoken")
     whole = {"settings": each[0]["settings"], "documents": sum(p["documents"] for p in each)}
     whole |= {key: np.sum([p[key] for p in each], axis=0).tolist() for key in ("sum", "squares")}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import check, read_lines, run, write_file
-from model import DGLM, newest_model
+from model import DGLM, check_decoding, newest_model
 
 prefix = ""  # text to continue, or FILE:path with one a line
 guide = "none"  # none, or classes of the probes: negative (with its probe's weight), negative:30,sports:10
@@ -40,10 +40,7 @@ seed = 1337  # fixes everything
 def main(settings):
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
-    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
-    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
-    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 to 1")
-    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
+    check_decoding(sigma2, temperature, top_p, repetition_penalty)
     folder_of_out = os.path.dirname(out) or "."
     check(os.path.isdir(folder_of_out), f"cannot write {out}: there is no folder {folder_of_out}")
     check(not os.path.isdir(out), f"cannot write {out}: it is a folder")
