@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
-DATA_FORMAT, CHECKPOINT_FORMAT = 1, 2
+DATA_FORMAT, CHECKPOINT_FORMAT = 2, 3
 
 
 class InputError(Exception):
@@ -72,7 +72,7 @@ def declared(path):
     for node in ast.parse(source).body:
         name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
         if name.islower():
-            comment = re.search(r"#\s*(.*)", lines[node.end_lineno - 1][node.value.end_col_offset :])
+            comment = re.search(r"#\s*(.*)", lines[node.end_lineno - 1][node.end_col_offset :])
             found[name] = (ast.literal_eval(node.value), comment[1] if comment else "")
     return found
 
@@ -237,6 +237,23 @@ def read_json(path):
         raise InputError(f"cannot read {path}: {e}") from None
 
 
+def write_json(path, value):
+    """Writes a dictionary with a hash of itself."""
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    write_file(path, json.dumps(value | {"sha256": digest}, indent=1) + "\n")
+
+
+def read_own_json(path, version):
+    """What `write_json` wrote. Raises InputError where its `format` is another, or it was changed since."""
+    value = read_json(path)
+    found = value.get("format") if isinstance(value, dict) else None
+    check(found == version, f"{path} has format {found}, this version reads {version}: make it again")
+    digest = value.pop("sha256", None)
+    whole = digest == hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    check(whole, f"{path} is damaged, or was edited: it is not what was written")
+    return value
+
+
 def read_json_lines(path):
     """The rows of a .jsonl or .jsonl.gz file, which must be objects."""
     number = 0
@@ -338,7 +355,7 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
     """
     os.makedirs(folder, exist_ok=True)
     path = f"{folder}/{name}.json"
-    old = read_json(path) if os.path.exists(path) else {}
+    old = read_own_json(path, CHECKPOINT_FORMAT) if os.path.exists(path) else {}
     files = {k: old[k] for k in ("weights", "state") if k in old}
     for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
         if tensors is not None:
@@ -348,7 +365,7 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
             tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
             write_file(f"{folder}/{file}", lambda p, t=tensors: save_file(t, p))
             files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
-    write_file(path, json.dumps({"format": CHECKPOINT_FORMAT, "kind": name} | meta | files, indent=1) + "\n")
+    write_json(path, {"format": CHECKPOINT_FORMAT, "kind": name} | meta | files)
     keep = {f["file"] for f in files.values()}
     for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors")):
         if os.path.basename(stale) not in keep:
@@ -357,13 +374,8 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
 
 def load_checkpoint(folder, name, key="weights", device="cpu"):
     """-> (the JSON, the tensors of `key`). Raises InputError where there is none, or it is damaged."""
-    meta = read_json(f"{folder}/{name}.json")
-    check(
-        isinstance(meta, dict)
-        and meta.get("format") == CHECKPOINT_FORMAT
-        and isinstance(meta.get(key), dict),
-        f"{folder}/{name}.json is not a checkpoint of this version (format {CHECKPOINT_FORMAT})",
-    )
+    meta = read_own_json(f"{folder}/{name}.json", CHECKPOINT_FORMAT)
+    check(key in meta, f"{folder}/{name}.json has no {key}: it cannot be trained further")
     path = f"{folder}/{meta[key]['file']}"
     tensors = read_tensors(path, device)
     check(
@@ -382,6 +394,9 @@ def data_name(dataset):
     return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
 
 
+COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
+
+
 class Data:
     """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json. Raises
     InputError.
@@ -393,44 +408,22 @@ class Data:
             raise InputError(
                 f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
             )
-        self.meta = read_json(f"{self.folder}/meta.json")
-        version = self.meta.get("format") if isinstance(self.meta, dict) else None
-        check(
-            version == DATA_FORMAT,
-            f"{self.folder} has data format {version}, this version reads {DATA_FORMAT}: prepare it again",
-        )
+        self.meta = read_own_json(f"{self.folder}/meta.json", DATA_FORMAT)
+        for path, digest in self.meta["sha256 of"].items():
+            damaged = f"{self.folder}/{path} is missing or damaged: remove the folder and prepare it again"
+            check(
+                os.path.exists(f"{self.folder}/{path}") and sha256(f"{self.folder}/{path}") == digest, damaged
+            )
         self.splits = {}
         for split in ("train", "val"):
-            n, E, block_size = self.meta["N"][split], self.meta["E"], self.meta["block_size"]
-            shapes = {
-                "tokens": (n, block_size),
-                "length": (n,),
-                "split": (n,),
-                "prefix_emb": (n, E),
-                "cont_emb": (n, E),
-            }
-            self.splits[split] = {name: self.open(split, name, shape) for name, shape in shapes.items()}
+            paths = {name: f"{self.folder}/{split}/{name}.npy" for name in COLUMNS}
+            self.splits[split] = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
         self.std = torch.where(self.std < 1e-3, 1.0, self.std)  # some encoders have dead dimensions
 
-    def open(self, split, name, shape):
-        path = f"{self.folder}/{split}/{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise InputError(f"{path} is missing or damaged ({e}): prepare the data again") from None
-        check(
-            array.shape == shape,
-            f"{path} has shape {array.shape}, meta.json says {shape}: prepare the data again",
-        )
-        return array
-
     def ranks(self):
-        """The ranks of the tokenizer that the data was prepared with. Raises InputError for another."""
-        path = f"{self.folder}/tokenizer.tiktoken"
-        ranks = read_ranks(path)
-        check(sha256(path) == self.meta["tokenizer"], f"{path} is not the tokenizer that meta.json names")
-        return ranks
+        """The ranks of the tokenizer that the data was prepared with."""
+        return read_ranks(f"{self.folder}/tokenizer.tiktoken")
 
     def identity(self):
         """What a model trained on this data must be used with."""

@@ -69,18 +69,16 @@ from model import DGLM, check_decoding, newest_model, parse_guide
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 results = "results"  # folder for what comes out
-texts = (
-    ""  # generation, noise: held-out JSON lines with text; default the validation part of the model's data
-)
+texts = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
 num_texts = 5000  # generation, noise: so many of them
 prefix_tokens = 32  # generation, noise: at most so many of each are given
 new_tokens = 32  # generation, noise, runtime: so many are written
 cfg_scales = "1,1.5,2,2.5,3,5"  # generation: classifier-free guidance
 noise_levels = "0,0.05,0.1,0.2,0.5,1"  # noise: sigma^2 of the proposal
-prompts = (  # control, compose: with | between them, or FILE:path with one a line
+prompts = (
     "Once upon a time|The book|The chicken|The city|The country|The horse|The lake|The last time|The movie"
     "|The painting|The pizza|The potato|The president of the country|The road|The year is 1910."
-)
+)  # control, compose: with | between them, or FILE:path with one a line
 num_samples = 25  # control, compose: texts a prompt
 control_tokens = 20  # control, compose: tokens of each
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
@@ -97,7 +95,10 @@ top_p = 0.9  # the likeliest tokens that make up this probability
 temperature = 1.0  # of the decoder
 repetition_penalty = 1.2  # of the decoder
 judge_lm = "allenai/OLMo-1B-hf"  # fluency, and the features of MAUVE
-judges = "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english,toxicity"
+judges = (
+    "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english"
+    ",toxicity"
+)  # of attributes: classifiers, toxicity, files of labelled text, vader, profanity
 batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first

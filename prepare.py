@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import (
+    COLUMNS,
     DATA_FORMAT,
     PROCESSES,
     RANK,
@@ -41,13 +42,14 @@ from configurator import (
     hub_file,
     join_processes,
     pick_device,
-    read_json,
     read_json_lines,
+    read_own_json,
     read_ranks,
     run,
     sha256,
     share,
     write_file,
+    write_json,
     write_ranks,
 )
 from model import load_encoder, make_tokenizer
@@ -461,9 +463,8 @@ def main(settings):
     part = f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
     for path in (meta_path, f"{part}/progress.json"):
-        made = read_json(path) if os.path.exists(path) else {"settings": choice}
-        made_with = made.get("settings", {}) if isinstance(made, dict) else {}
-        changed = ", ".join(k for k, v in choice.items() if made_with.get(k) != v)
+        made = read_own_json(path, DATA_FORMAT) if os.path.exists(path) else {"settings": choice}
+        changed = ", ".join(k for k, v in choice.items() if made["settings"].get(k) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
     if os.path.exists(meta_path):
         return print(f"{folder} is prepared already")
@@ -488,10 +489,10 @@ def write_part(folder, choice, place):
     E, path = encode(["width"]).shape[1], f"{folder}/progress.json"
     os.makedirs(folder, exist_ok=True)
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
-    progress = {"settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
+    progress = {"format": DATA_FORMAT, "settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
     progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
     if os.path.exists(path):
-        progress = read_json(path)
+        progress = read_own_json(path, DATA_FORMAT)
     arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
@@ -511,7 +512,7 @@ def write_part(folder, choice, place):
                         x = columns["cont_emb"].astype(np.float64)
                         progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
                         progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
-            write_file(path, json.dumps(progress))
+            write_json(path, progress)
             bar.set_postfix(windows=sum(progress["N"].values()))
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
@@ -521,7 +522,7 @@ def write_part(folder, choice, place):
 def join_parts(folder):
     """One after another, the parts that the processes wrote -> their progress.json, added up."""
     parts = [f"{folder}/part-{rank}-of-{PROCESSES}" for rank in range(PROCESSES)]
-    each = [read_json(f"{part}/progress.json") for part in parts]
+    each = [read_own_json(f"{part}/progress.json", DATA_FORMAT) for part in parts]
     remove([f"{folder}/progress.json"])  # of one process, whose arrays are about to go
     os.replace(f"{parts[0]}/tokenizer.tiktoken", f"{folder}/tokenizer.tiktoken")
     whole = {"settings": each[0]["settings"], "documents": sum(p["documents"] for p in each)}
@@ -553,9 +554,11 @@ def finish(folder, progress):
     meta |= {"tokenizer": sha256(tokenizer_path), "vocab_size": len(read_ranks(tokenizer_path)) + 1}
     meta |= {"block_size": block_size, "E": len(mean), "N": n, "documents": done}
     meta |= {"mean": mean.tolist(), "std": std.tolist(), "settings": progress["settings"]}
+    arrays = [f"{split}/{name}.npy" for split in n for name in COLUMNS]
+    meta["sha256 of"] = {path: sha256(f"{folder}/{path}") for path in ["tokenizer.tiktoken", *arrays]}
     if dataset == "toy":
         write_toy_files(folder, seed)
-    write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
+    write_json(f"{folder}/meta.json", meta)
     remove(leftovers)
     print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate, of {done:,} documents")
 

@@ -18,7 +18,16 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from configurator import check, hub_file, pick_device, read_json, read_json_lines, run, write_file
+from configurator import (
+    CHECKPOINT_FORMAT,
+    check,
+    hub_file,
+    pick_device,
+    read_json_lines,
+    read_own_json,
+    run,
+    write_file,
+)
 from model import load_encoder, newest_model
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
@@ -89,7 +98,7 @@ def main(settings):
     folder = out_dir or newest_model()
     check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
     model = f"{folder}/decoder.json"
-    own = read_json(model)["data"]["encoder"] if os.path.exists(model) else ""
+    own = read_own_json(model, CHECKPOINT_FORMAT)["data"]["encoder"] if os.path.exists(model) else ""
     encoder_name = encoder or own
     check(encoder_name, f"{folder} holds no model: say --encoder")
     labelled = [(source, *read_labelled(source)) for source in sources]

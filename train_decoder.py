@@ -61,7 +61,7 @@ compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
-COLUMNS = ("tokens", "length", "split", "cont_emb")
+READ = ("tokens", "length", "split", "cont_emb")
 NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the validation
 
 
@@ -95,7 +95,7 @@ def main(settings):
     print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
     def loss(net, index, rng):
-        tokens, length, split, x = data.rows("train", index, COLUMNS, place)
+        tokens, length, split, x = data.rows("train", index, READ, place)
         rows = len(x) * PROCESSES  # all processes draw alike, and each keeps its share
         log_snr = cosine_log_snr(share(torch.rand(rows, generator=rng, device=place)), noise_scale)
         z = diffuse(x, share(torch.randn((rows, E), generator=rng, device=place)), log_snr)
@@ -112,7 +112,7 @@ def main(settings):
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            tokens, length, split, x = data.rows("val", index, COLUMNS, place)
+            tokens, length, split, x = data.rows("val", index, READ, place)
             other = x.roll(len(x) // 2, 0)  # far enough to be of another document
             eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
             for level in totals:
@@ -123,7 +123,7 @@ def main(settings):
                     value = decoder(tokens, length, split, z, alpha2, continuation_only=True)
                 totals[level] += value.item() * len(index) / len(rows)
         index = rows[:2]
-        tokens, length, split, x = data.rows("val", index, COLUMNS, place)
+        tokens, length, split, x = data.rows("val", index, READ, place)
         prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
         room = positions - soft_tokens - max(map(len, prompts))
         options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}

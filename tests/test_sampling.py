@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configurator import InputError
 from model import Probe, alpha_sigma, parse_guide, sample
@@ -182,3 +184,16 @@ def test_guides_are_read_with_and_without_weights():
 def test_a_guide_that_cannot_be_meant_is_refused(text, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         parse_guide(text, PROBES)
+
+
+@given(
+    st.text()
+    | st.lists(
+        st.sampled_from(["sentiment", "negative", "sports", "=", ":", ",", "30", "-", "1e999", " "])
+    ).map("".join)
+)
+def test_no_guide_is_a_traceback(text):
+    try:
+        assert all(0 <= weight < math.inf for _, _, weight in parse_guide(text, PROBES))
+    except InputError as e:
+        assert str(e).startswith("--guide: ")
