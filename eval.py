@@ -504,7 +504,9 @@ def held_out(model):
     prefixes, truths = [], []
     for row in (row for row in rows if len(row) >= longest and bpe.eot_token not in row[:longest]):
         words = [i for i in range(1, prefix_tokens + 1) if bpe.decode_single_token_bytes(row[i])[:1] == b" "]
-        if words and len(prefixes) < num_texts:
+        if len(prefixes) == num_texts:
+            break
+        if words:
             prefixes.append(bpe.decode(row[: words[-1]]))
             truths.append(bpe.decode(row[words[-1] : words[-1] + new_tokens]).rstrip("\ufffd"))
     hint = f"{longest} tokens: lower --prefix_tokens or --new_tokens"

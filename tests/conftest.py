@@ -23,6 +23,10 @@ from configurator import run  # noqa: E402
 from prepare import OPENING, pick_one  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=0, help="how often tests/test_kills.py kills each script")
+
+
 def python(command, cwd, **kwargs):
     """`python COMMAND` in the folder; its standard output."""
     done = subprocess.run(

@@ -1,0 +1,58 @@
+"""Killed again and again, at random moments, every long script ends as if it had never been stopped.
+
+This takes minutes, so it runs when asked: python -m pytest tests/test_kills.py --kills 20
+"""
+
+import glob
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import python
+from test_eval import evaluated, judge_lm  # noqa: F401, two fixtures
+
+SHORT = "config/toy.py --max_iters=40 --eval_interval=5 --eval_rows=32 --out_dir=out/new"
+COMMANDS = {
+    "prepare.py config/toy.py --max_documents=400": "data/toy",
+    f"train_decoder.py {SHORT}": "out/new",
+    f"train_diffusion.py {SHORT}": "out/new",
+    "eval.py config/small.py --task control --out_dir=out/toy --results=new": "new/control.json",
+}
+
+
+def digest(path):
+    """{path: SHA-256} of a file, or of all files below a folder."""
+    files = [f for f in (path, *glob.glob(f"{path}/**", recursive=True)) if os.path.isfile(f)]
+    return {os.path.relpath(f, path): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[0] for command in COMMANDS])
+def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp_path):  # noqa: F811
+    kills = request.config.getoption("--kills")
+    if not kills:
+        pytest.skip("say --kills 20")
+    moments, result = random.Random(command), COMMANDS[command]
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    for folder in folders:
+        shutil.copytree(evaluated[0], folder, ignore=shutil.ignore_patterns("hf", "killed", "results"))
+        if command.startswith("prepare"):
+            shutil.rmtree(folder / "data")
+            source = (folder / "prepare.py").read_text()
+            (folder / "prepare.py").write_text(source.replace("SHARD = 4096", "SHARD = 64"))
+    begin = time.perf_counter()
+    python(command, folders[0])
+    duration = time.perf_counter() - begin
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, *command.split()], cwd=folders[1], stderr=subprocess.DEVNULL
+        )
+        time.sleep(moments.uniform(0, duration))
+        process.kill()
+        process.wait()
+    python(command, folders[1])
+    assert digest(folders[0] / result) == digest(folders[1] / result)
