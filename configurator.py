@@ -122,7 +122,7 @@ def read_config(path, script, settings):
         where = f"{path}, line {node.lineno}"
         try:
             name, value = node.targets[0].id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
         if name in SCRIPTS:
             check(isinstance(value, dict), f'{where}: {name} is a script: write {name} = {{"key": value}}')
@@ -355,7 +355,10 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
     """
     os.makedirs(folder, exist_ok=True)
     path = f"{folder}/{name}.json"
-    old = read_own_json(path, CHECKPOINT_FORMAT) if os.path.exists(path) else {}
+    try:
+        old = read_own_json(path, CHECKPOINT_FORMAT)
+    except InputError:  # none, or one that this run starts over
+        old = {}
     files = {k: old[k] for k in ("weights", "state") if k in old}
     for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):
         if tensors is not None:
@@ -367,7 +370,7 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
             files[key] = {"file": file, "sha256": sha256(f"{folder}/{file}")}
     write_json(path, {"format": CHECKPOINT_FORMAT, "kind": name} | meta | files)
     keep = {f["file"] for f in files.values()}
-    for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors")):
+    for stale in set(glob.glob(f"{glob.escape(folder)}/{name}-*.safetensors*")):  # and what a kill left
         if os.path.basename(stale) not in keep:
             os.remove(stale)
 
@@ -382,6 +385,20 @@ def load_checkpoint(folder, name, key="weights", device="cpu"):
         sha256(path) == meta[key]["sha256"], f"{path} is damaged: it is not the file that {name}.json names"
     )
     return meta, tensors
+
+
+def newest_model():
+    """The whole model in out/ that was trained last, else the one in the box. Raises InputError for none."""
+    folders = (os.path.dirname(path) for path in glob.glob("out/*/decoder.json"))
+    trained = [folder for folder in folders if os.path.exists(f"{folder}/diffusion.json")]
+    if trained:
+        return max(trained, key=lambda folder: os.path.getmtime(f"{folder}/decoder.json"))
+    box = "pretrained/reviews"
+    check(
+        os.path.exists(f"{box}/decoder.json"),
+        "there is no trained model in out/ yet: see the README, or give --out_dir",
+    )
+    return box
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -402,8 +419,8 @@ class Data:
     InputError.
     """
 
-    def __init__(self, dataset, root="data"):
-        self.folder = f"{root}/{data_name(dataset)}"
+    def __init__(self, dataset):
+        self.folder = f"data/{data_name(dataset)}"
         if not os.path.exists(f"{self.folder}/meta.json"):
             raise InputError(
                 f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
@@ -595,8 +612,12 @@ def train(name, folder, settings, data, module, network, extra, weights, loss, e
     s, device = settings, str(next(module.parameters()).device)
     for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
         check(s[key] >= 1, f"{key}={s[key]}: must be at least 1")
-    check(s["learning_rate"] > 0, f"learning_rate={s['learning_rate']}: must be above 0")
-    check(s["muon"] >= 0, f"muon={s['muon']}: must be 0 (AdamW alone) or above")
+    for key in ("learning_rate", "grad_clip"):
+        check(s[key] > 0, f"{key}={s[key]}: must be above 0")
+    for key in ("muon", "weight_decay"):
+        check(s[key] >= 0, f"{key}={s[key]}: must be 0 (none) or above")
+    for key in ("beta1", "beta2"):
+        check(0 <= s[key] < 1, f"{key}={s[key]}: must be from 0 to below 1")
     betas = s["beta1"], s["beta2"]
     optimizers = make_optimizers(module, s["learning_rate"], betas, s["weight_decay"], s["muon"])
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision(device) == torch.float16)
@@ -626,6 +647,7 @@ def train(name, folder, settings, data, module, network, extra, weights, loss, e
     module.zero_grad(set_to_none=True)
     for key, tensor in extra.items():
         tensor.copy_(before[key])
+    del before
     work = flops.get_total_flops() * micro / peak_rate(device)  # seconds a step, at the device's peak
     net = module
     if s["compile"]:

@@ -4,7 +4,7 @@
     python eval.py --task noise         the same as the proposal is drowned in noise (Table 2)
     python eval.py --task control       attribute and fluency against guidance weight (Figures 5 and 6)
     python eval.py --task compose       two attributes at once (Table 3)
-    python eval.py --task runtime       time against the plain decoder's (Table 4)
+    python eval.py --task runtime       time against the plain decoder's (Table 4), and what fewer steps cost
     python eval.py config/reviews.py --task all
 
 Prints a Markdown table, writes RESULTS/TASK.json (every text and number, the configuration, versions), and
@@ -57,6 +57,7 @@ from configurator import (
     check,
     generator_at,
     hub_file,
+    newest_model,
     read_json,
     read_json_lines,
     read_lines,
@@ -64,7 +65,7 @@ from configurator import (
     sha256,
     write_file,
 )
-from model import DGLM, check_decoding, newest_model, parse_guide
+from model import DGLM, check_decoding, check_sampling, parse_guide
 
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -87,6 +88,7 @@ best_of = 3  # control: of so many unguided texts the baseline takes the one tha
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
+samplers = "ddpm 250,dpm++ 50,dpm++ 20,dpm++ 10,dpm++ 5"  # runtime: compared, unguided and guided
 seeds = 5  # repetitions: seed, seed + 1, ...; the errors in the tables are over them
 steps = 250  # of the diffusion
 sampler = "ddpm"  # dpm++, ddim or ddpm
@@ -174,7 +176,10 @@ def labelled_text_judge(path):
     known, targets = zip(*rows) if rows else ((), ())
     check(len(set(targets)) > 1, f"{path}: a judge needs two labels or more")
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    fit = make_pipeline(features, LogisticRegression(C=2, max_iter=2000)).fit(known, targets)
+    try:
+        fit = make_pipeline(features, LogisticRegression(C=2, max_iter=2000)).fit(known, targets)
+    except ValueError as e:  # no word comes twice
+        raise InputError(f"{path}: too little text for a judge: {e}") from None
     return list(fit.classes_), fit.predict_proba
 
 
@@ -462,8 +467,8 @@ class Bench:
     def random(self, repetition, *more):
         return generator_at(self.model.device, seed + repetition, *more)
 
-    def propose(self, prefixes, rng, guide="none", cfg_scale=1.0):
-        options = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale}
+    def propose(self, prefixes, rng, guide="none", **options):
+        options = {"steps": steps, "sampler": sampler} | options
         return self.model.propose(prefixes, guide, rng, **options)
 
     def write(self, prefixes, proposals, count, rng, noise):
@@ -580,6 +585,11 @@ def guided(bench, guide, count, r, prompt):
     return bench.assess(rows, written, proposals)
 
 
+def success(bench, cells, label):
+    """Texts that the judges of a label, taken together, find more likely than not to have it (N,) bool."""
+    return np.mean([column(cells, judge) for judge in bench.judges.of(bare(label))], axis=0) > 0.5
+
+
 def control(bench, book):
     """Figures 5 and 6: attribute and fluency against the weight of the guide."""
     rows, labels = {}, {}
@@ -611,23 +621,23 @@ def compose(bench, book):
             labels[f"{pair} by {guide}"] = pair.split("+")
 
     def measure(name, cells, r):
-        first, second = (  # a text succeeds where its judges, taken together, find the attribute likely
-            np.mean([column(cells, judge) for judge in bench.judges.of(bare(label))], axis=0) > 0.5
-            for label in labels[name]
-        )
-        success = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
-        return success | measures(cells)
+        first, second = (success(bench, cells, label) for label in labels[name])
+        shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
+        return shares | measures(cells)
 
     return table(book, rows, list(enumerate(read_prompts())), measure)
 
 
 def runtime(bench, book):
-    """Table 4: seconds a text of each part, and of all relative to the decoder, by batch and length."""
-    model, line = bench.model, read_prompts()[0]
+    """Table 4: seconds a text of each part, and of all relative to the decoder, by batch and length; then
+    what each sampler takes and gives, for continuations of held-out text.
+    """
+    model, line, label = bench.model, read_prompts()[0], attributes.split(",")[0]
     tokens = model.tokenizer.encode_ordinary(line)
     room = model.decoder.gpt.config.n_positions - model.decoder.generator.K - len(tokens)
     counts = [int(n) for n in numbers(lengths) if n <= room]
     check(counts, f"--lengths: this model has room for {room} tokens after the prompt")
+    prefixes, _, true = held_out(model)
 
     def seconds(f, *args, **kwargs):
         begin = time.perf_counter()
@@ -636,28 +646,50 @@ def runtime(bench, book):
             torch.cuda.synchronize()
         return out, time.perf_counter() - begin
 
-    def cell(batch, count, r, _):
+    def propose(lines, *args, **kwargs):
+        """... of the diffusion alone: `propose` also encodes each different prefix."""
+        _, encoding = seconds(model.encode, sorted(set(lines)))
+        x, both = seconds(bench.propose, lines, *args, **kwargs)
+        return x, both - encoding
+
+    def parts(batch, count, r, _):
         rng, lines, out = bench.random(r, count), [line] * batch, {}
         options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
         for _ in range(2):  # the first is to warm up
-            _, once = seconds(model.encode, [line])
             _, out["encode"] = seconds(model.encode, lines)
-            x, out["diffuse"] = seconds(bench.propose, lines, rng)
+            _, out["guided"] = propose(lines, rng, label)
+            x, out["diffuse"] = propose(lines, rng)
             alpha2 = torch.full((batch,), 1 - sigma2, device=model.device)
             soft, out["prompt"] = seconds(model.decoder.generator, x, alpha2)
             generate = model.decoder.gpt.generate
             _, out["decode"] = seconds(generate, [tokens] * batch, count, soft, generator=rng, **options)
-        out["diffuse"] -= once  # `propose` encodes each different prefix
         return {name: [value / batch] for name, value in out.items()}
 
-    def measure(name, cells, r):
+    def measure_parts(name, cells, r):
         out = {name: column(cells, name).mean() for name in ("encode", "diffuse", "prompt", "decode")}
-        return out | {"relative": sum(out.values()) / out["decode"]}
+        out["relative"] = sum(out.values()) / out["decode"]
+        out["guided"] = column(cells, "guided").mean()
+        return out | {"guided / decode": out["guided"] / out["decode"]}
+
+    def compare(solver, count, r, chunk):
+        lines, options = prefixes[chunk], {"sampler": solver, "steps": count}
+        x, diffuse = propose(lines, bench.random(r, chunk.start), **options)
+        steered, guided = propose(lines, bench.random(r, chunk.start), label, **options)
+        written = bench.write(lines, steered, new_tokens, bench.random(r, chunk.start, 1), sigma2)
+        out = bench.assess(lines, written, steered) | {"unguided": pack(x.cpu())}
+        return out | {"diffuse": [diffuse / len(lines)], "guided": [guided / len(lines)]}
+
+    def measure_solver(name, cells, r):
+        out = {name: column(cells, name).mean() for name in ("diffuse", "guided")}
+        out["Frechet"] = frechet(unpack(cells, "unguided"), true.cpu().numpy())
+        return out | {label: success(bench, cells, label).mean()} | measures(cells)
 
     rows = {}
     for batch, count in itertools.product(map(int, numbers(batch_sizes)), counts):
-        rows[f"batch {batch}, tokens {count}"] = (f"{batch}x{count}", partial(cell, batch, count))
-    return table(book, rows, [None], measure)
+        rows[f"batch {batch}, tokens {count}"] = (f"{batch}x{count}", partial(parts, batch, count))
+    chunks = [slice(i, i + batch_size) for i in range(0, len(prefixes), batch_size)]
+    compared = {f"{a} {n}": (f"{a} {n}", partial(compare, a, n)) for a, n in solvers()}
+    return table(book, rows, [None], measure_parts) + table(book, compared, chunks, measure_solver)
 
 
 TASKS = {f.__name__: f for f in (generation, noise, control, compose, runtime)}
@@ -666,7 +698,7 @@ PANELS = {  # the x axis of a task's plot, and the figures that are drawn
     "noise": ("sigma^2", "corpus|Div|similarity|MAUVE"),
     "control": ("guidance weight", "corpus|share"),
     "compose": ("", "first|second|both"),
-    "runtime": ("tokens", "relative"),
+    "runtime": ("tokens", "relative|guided /"),
 }
 
 
@@ -676,6 +708,13 @@ def numbers(text):
         return [float(item) for item in text.split(",")]
     except ValueError:
         raise InputError(f"{text!r}: must be numbers, with commas between them") from None
+
+
+def solvers():
+    """`dpm++ 20,ddpm 250` -> [("dpm++", 20), ("ddpm", 250)]."""
+    pairs = [re.fullmatch(r"\s*(\S+) (\d{1,4})\s*", item) for item in samplers.split(",")]
+    check(all(pairs), f"--samplers {samplers!r}: must be names with their steps, as dpm++ 20,ddpm 250")
+    return [(pair[1], int(pair[2])) for pair in pairs]
 
 
 def bare(label):
@@ -745,12 +784,19 @@ def main(settings):
     for name in counts:
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
     check(best_of >= 2, f"best_of={best_of}: must be at least 2")
-    check_decoding(sigma2, temperature, top_p, repetition_penalty)
+    for sampler_, steps_ in [(sampler, steps), *solvers()]:
+        check_sampling(steps_, sampler_)
+    for noise_level in [sigma2, *numbers(noise_levels)]:
+        check_decoding(noise_level, temperature, top_p, repetition_penalty)
+    check(min(numbers(weights)) >= 0, f"--weights {weights}: must be 0 or more")
+    check(min(numbers(lengths) + numbers(batch_sizes)) >= 1, "--lengths, --batch_sizes: must be 1 or more")
+    numbers(cfg_scales)
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     for pair in pairs.split(","):
         check(pair.count("+") == 1, f"--pairs: {pair!r} must be two classes, as negative+sports")
-    labels = attributes.split(",") * ("control" in wanted) + re.split("[,+]", pairs) * ("compose" in wanted)
+    labels = attributes.split(",") * bool({"control", "runtime"} & set(wanted))
+    labels += re.split("[,+]", pairs) * ("compose" in wanted)
     for label in labels:
         parse_guide(label, model.probes)  # says it now where no probe has that class
     files = ["decoder.json", "diffusion.json", *(f"probes/{probe.name}.npz" for probe in model.probes)]

@@ -26,7 +26,6 @@ import math
 import os
 import zipfile
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import numpy as np
 import tiktoken
@@ -88,38 +87,27 @@ def x_and_eps(z_t, v, log_snr):
     return alpha * z_t - sigma * v, sigma * z_t + alpha * v
 
 
-@cache
-def weight_table(size=10_000):
-    """The v-space loss weight [DGLM] on an even grid of log_snr in [-15, 15] -> (size,), float64, maximum 1.
-
-    A Cauchy shape below 0 and a Normal shape above; made non-increasing in eps-space, where [KG] shows that
-    such a weighting is an ELBO with data augmentation.
-    """
-    log_snr = torch.linspace(-MAX_LOG_SNR, MAX_LOG_SNR, size, dtype=torch.float64)
-    weight = torch.where(log_snr < 0, 1 / (1 + (log_snr / 2.4) ** 2), torch.exp(-((log_snr / 2.4) ** 2) / 2))
-    to_eps_space = torch.exp(-log_snr) + 1
-    weight = (weight * to_eps_space).flip(0).cummax(0).values.flip(0) / to_eps_space
-    return weight / weight.max()
-
-
 def loss_weight(log_snr):
-    """The weight of the squared error of v at each log_snr, of the same shape, from `weight_table`."""
-    table = weight_table().to(log_snr)
-    at = (log_snr / (2 * MAX_LOG_SNR) + 0.5).clamp(0, 1) * (len(table) - 1)
-    low = at.floor().long().clamp(max=len(table) - 2)
-    return torch.lerp(table[low], table[low + 1], at - low)
+    """The weight of the squared error of v at each log_snr [DGLM]: Cauchy's shape below 0, Normal's above.
+
+    In eps-space, times e^-lambda + 1, it never rises with lambda, which makes the loss an ELBO with data
+    augmentation [KG]: below 0 the logarithm of the factor falls by 1/2 or more, Cauchy's rises by 5/12 or
+    less. So the official code's step that makes it monotone has nothing to do here.
+    """
+    u = log_snr / 2.4
+    return torch.where(log_snr < 0, 1 / (1 + u**2), torch.exp(-(u**2) / 2))
 
 
 class AdaptiveNoise:
     """Draws noise levels where the weighted loss is large, which lowers the variance of its estimate [KG].
 
     100 equal bins of log_snr hold a moving average (0.9) of the weighted loss: bins are drawn in proportion
-    to it, and each term of the loss is divided by its bin's value, which keeps the expectation of the
-    gradient in proportion.
+    to it, and each term of the loss is divided by its bin's value. Importance sampling: the mean of loss /
+    value, times that of the bins' values, is the mean loss over even log_snr.
     """
 
-    def __init__(self, device="cpu", bins=100):
-        self.value = torch.ones(bins, device=device)
+    def __init__(self, device="cpu"):
+        self.value = torch.ones(100, device=device)
 
     def sample(self, n, generator=None):
         """-> log_snr (n,) and the values of their bins (n,)."""
@@ -138,20 +126,21 @@ class AdaptiveNoise:
         self.value.lerp_(mean, 0.1)
 
 
-def diffusion_loss(denoiser, x, x_pref, absent, noise, generator=None):
-    """Stage 2's loss, the weighted squared error of v, at noise levels that `noise` draws; updates `noise`.
+def diffusion_loss(denoiser, x, x_pref, absent, levels, generator=None):
+    """Stage 2's loss, the weighted squared error of v, at noise levels that `levels` draws; updates them.
 
     -> the loss to descend, and the mean weighted loss over log_snr in [-15, 15] that it estimates, to show.
+    levels: an AdaptiveNoise.
     x, x_pref: (B, E) standardised. absent: (B,) bool, rows whose prefix is replaced by the null vector.
     """
     rows = len(x) * PROCESSES  # of several processes all draw alike, and each keeps its share
-    log_snr, density = map(share, noise.sample(rows, generator))
+    log_snr, bin_value = map(share, levels.sample(rows, generator))
     eps = share(torch.randn((rows, x.shape[1]), generator=generator, device=x.device))
     v = denoiser(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), absent)
     loss = loss_weight(log_snr) * (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
-    value = (loss / density).mean()
-    shown = value.detach() * noise.value.mean()
-    noise.update(log_snr, loss)
+    value = (loss / bin_value).mean()
+    shown = value.detach() * levels.value.mean()
+    levels.update(log_snr, loss)
     return value, shown
 
 
@@ -206,15 +195,21 @@ def attend(q, k, v, mask=None, causal=False):
     return scores.softmax(-1).type_as(v) @ v
 
 
+HEAD = 64  # width of an attention head, throughout
+
+
 class Block(nn.Module):
-    """Attention and a gated feed-forward, each on an input normalised, then modulated by the noise level."""
+    """Attention and a gated feed-forward, each on an input normalised, then modulated by the noise level.
+
+    h (B, T, d), time (B, d / 2): the time embedding, already through SiLU -> (B, T, d).
+    """
 
     def __init__(self, d):
         super().__init__()
         hidden = int(d * 4 * 2 / 3)
         self.norm_1, self.time_1 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
         self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(64), RMSNorm(64)
+        self.q_norm, self.k_norm = RMSNorm(HEAD), RMSNorm(HEAD)
         self.norm_2, self.time_2 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
         self.ff_in, self.ff_out = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
         for linear in (self.time_1, self.time_2):  # starts as if there were no conditioning
@@ -224,7 +219,7 @@ class Block(nn.Module):
     def forward(self, h, time):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
-        q, k, v = (x.view(B, T, -1, 64).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # (B, heads, T, 64)
+        q, k, v = (x.view(B, T, -1, HEAD).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
         y = attend(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
         a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
@@ -263,8 +258,8 @@ class PromptGenerator(nn.Module):
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
         super().__init__()
         check(
-            d >= 64 and d % 64 == 0 and n >= 1,
-            f"prompt generator: d={d} must be a multiple of 64, n={n} not 0",
+            d >= HEAD and d % HEAD == 0 and n >= 1,
+            f"prompt generator: d={d} must be a multiple of {HEAD}, n={n} not 0",
         )
         check(K >= 1 and 4 * E % K == 0, f"prompt generator: 4E={4 * E} must divide by K={K}")
         self.K = K
@@ -286,8 +281,8 @@ class DiffusionTransformer(nn.Module):
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
         check(
-            d >= 64 and d % 64 == 0 and n >= 2 and n % 2 == 0,
-            f"diffusion: d={d} must divide by 64 and n={n} by 2",
+            d >= HEAD and d % HEAD == 0 and n >= 2 and n % 2 == 0,
+            f"diffusion: d={d} must divide by {HEAD} and n={n} by 2",
         )
         check(M >= 1 and 4 * E % M == 0, f"diffusion: 4E={4 * E} must divide by M={M}")
         self.M = M
@@ -370,12 +365,26 @@ class GPTBlock(nn.Module):
 
 
 def insert(rows, block, at):
-    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i]."""
+    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i].
+
+    [a b c] and [s s] at 2 -> [a b s s c].
+    """
     T, K, rest = rows.shape[1], block.shape[1], rows.shape[2:]
     column, at = torch.arange(T + K, device=rows.device), at[:, None]
     source = torch.where(column < at, column, torch.where(column < at + K, T + column - at, column - K))
     source = source.view(*source.shape, *[1] * len(rest)).expand(-1, -1, *rest)
     return torch.cat((rows, block), dim=1).gather(1, source)
+
+
+def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
+    """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
+    penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+    scores = torch.where(seen, penalised, scores)
+    if temperature < 1e-6:
+        return scores.argmax(-1)
+    probability, order = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
+    probability[probability.cumsum(-1) - probability >= top_p] = 0  # what is likelier already makes up top_p
+    return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -412,7 +421,9 @@ class GPT(nn.Module):
             config = read_json(hub_file(repo, "config.json"))
             weights = [hub_file(repo, "model.safetensors")]
         gelu = config.get("activation_function", "gelu_new") == "gelu_new"
-        same = config.get("model_type") == "gpt2" and gelu
+        norm = config.get("layer_norm_epsilon", 1e-5) == 1e-5
+        same = config.get("model_type") == "gpt2" and gelu and norm
+        same = same and not config.get("scale_attn_by_inverse_layer_idx")
         check(same and weights, f"{name} does not hold a GPT-2 in safetensors")
         model = cls(GPTConfig(**{k: config[k] for k in asdict(GPTConfig()) if k in config}))
         own, wanted = {}, model.state_dict().keys()
@@ -453,7 +464,6 @@ class GPT(nn.Module):
         prompts,
         max_new_tokens,
         soft_prompt=None,
-        soft_at=None,
         temperature=1.0,
         top_p=1.0,
         repetition_penalty=1.0,
@@ -463,7 +473,7 @@ class GPT(nn.Module):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
-        standing before token soft_at[i] of prompt i, by default at its end. temperature 0 takes the
+        standing at their ends. temperature 0 takes the
         likeliest token; top_p keeps the smallest set of tokens with that probability; repetition_penalty
         (Keskar et al. 2019) is for the tokens of prompt and text, with a soft prompt, as in transformers,
         of the text alone. Raises InputError where a prompt leaves no room for the new tokens.
@@ -478,26 +488,23 @@ class GPT(nn.Module):
 
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
         pad = T - lengths
-        real = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
-        vocab_size = self.config.vocab_size
-        seen = torch.zeros(B, vocab_size + 1, dtype=torch.bool, device=device)
-        if not K:
-            seen.scatter_(1, tokens.masked_fill(~real, vocab_size), True)
-        seen = seen[:, :vocab_size]
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, [] if K else prompts):
+            row[prompt] = True
         h = self.wte(tokens)
         if K:
-            h = insert(h, soft_prompt.to(h), pad + (lengths if soft_at is None else soft_at))
+            h = torch.cat((h, soft_prompt.to(h)), dim=1)
         column = torch.arange(longest, device=device)
-        usable = column >= pad[:, None]  # (B, longest): columns that are not padding
-        mask = usable[:, None] & (column[: T + K, None] >= column)  # (B, T + K, longest), causal
-        mask |= column[: T + K, None] == column  # padding sees itself, lest it be NaN
-        mask = mask[:, None, :, : T + K]
+        usable = (column >= pad[:, None])[:, None, None]  # (B, 1, 1, longest): columns that are not padding
+        here = column[: T + K]
+        mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
+        mask |= here == here[:, None]  # padding sees itself, lest it be NaN
         n_layer, n_head = self.config.n_layer, self.config.n_head
         cache = h.new_empty(n_layer, 2, B, n_head, longest, self.config.n_embd // n_head)
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        end, positions = T + K, (column[: T + K] - pad[:, None]).clamp(min=0)
+        end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
             scores = self.forward(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
             token = pick(scores, seen, temperature, top_p, repetition_penalty, generator)
@@ -509,28 +516,9 @@ class GPT(nn.Module):
                 break
             seen.scatter_(1, token[:, None], True)
             h, positions, end = self.wte(token)[:, None], (end - pad)[:, None], end + 1
-            mask = usable[:, None, None, :end]
+            mask = usable[..., :end]
         rows = new.tolist()
         return [row[: row.index(stop)] if stop in row else row for row in rows]
-
-
-def check_decoding(sigma2=0.05, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
-    """Raises InputError for a setting that cannot be."""
-    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
-    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
-    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
-    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
-
-
-def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
-    """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
-    penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-    scores = torch.where(seen, penalised, scores)
-    if temperature < 1e-6:
-        return scores.argmax(-1)
-    probability, order = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
-    probability[probability.cumsum(-1) - probability >= top_p] = 0  # what is likelier already makes up top_p
-    return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
 
 
 class Decoder(nn.Module):
@@ -558,6 +546,23 @@ class Decoder(nn.Module):
         targets = insert(tokens.masked_fill(ignored, IGNORE), nothing, split)[:, 1:]
         keep = targets != IGNORE  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
+
+
+def load_decoder(folder, device):
+    """Stage 1's checkpoint -> its JSON, the Decoder. Raises InputError where it is missing or damaged."""
+    meta, weights = load_checkpoint(folder, "decoder", device=device)
+    gpt, generator = meta["network"]["gpt"], meta["network"]["generator"]
+    decoder = Decoder(GPT(GPTConfig(**gpt)), PromptGenerator(**generator)).to(device).requires_grad_(False)
+    load_weights(decoder, weights, f"{folder}/decoder.json")
+    return meta, decoder
+
+
+def check_decoding(sigma2=0.05, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
+    """Raises InputError for a setting that cannot be."""
+    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
+    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
+    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
+    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
 
 
 @torch.no_grad()
@@ -596,11 +601,18 @@ def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, g
             # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
             noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
             cloud = x[:, None] + (sigma / alpha)[:, None] * noise  # (B, points, E)
-            # (B,), but for a constant
+            # logarithms of means (B,), less log(points), which has no gradient
             log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
             (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
+            # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
             x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
     return x.detach(), eps.detach()
+
+
+def check_sampling(steps, sampler):
+    """Raises InputError for a setting that cannot be."""
+    check(sampler in ("ddpm", "ddim", "dpm++"), f"unknown sampler {sampler!r}: use ddpm, ddim or dpm++")
+    check(1 <= steps <= 1000, f"steps={steps}: must be from 1 to 1000")
 
 
 @torch.no_grad()
@@ -624,35 +636,31 @@ def sample(
     ddpm, ddim or dpm++ (DPM-Solver++ 2M). points: Monte Carlo points a guide. progress: wraps the steps
     (tqdm). Raises InputError for an unknown sampler.
     """
-    check(sampler in ("ddpm", "ddim", "dpm++"), f"unknown sampler {sampler!r}: use ddpm, ddim or dpm++")
-    check(1 <= steps <= 1000, f"steps={steps}: must be from 1 to 1000")
+    check_sampling(steps, sampler)
     B, E = x_pref.shape
     if absent is None:
         absent = torch.zeros(B, dtype=torch.bool, device=x_pref.device)
     # t = 1 would be alpha = 0, by which guidance divides: start at the noisiest level that is trained
     levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=x_pref.device)).clamp(min=-MAX_LOG_SNR)
     z = torch.randn((B, E), generator=generator, device=x_pref.device)
-    last_x = last_h = None
+    last_x = last_step = None
     for i in progress(range(steps)):
         log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
         x, eps = predict(denoiser, z, log_snr, x_pref, absent, cfg_scale, guides, points, generator)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
-        h = levels[i + 1] - levels[i]  # > 0
+        step = levels[i + 1] - levels[i]  # in log_snr, above 0
         if i == steps - 1:
             z = x
         elif sampler == "ddim":
             z = alpha_next * x + sigma_next * eps
-        elif sampler == "ddpm":  # the posterior [VDM], its variance between both bounds, at 0.2 in logarithms
-            mean = torch.exp(-h) * (alpha_next / alpha) * z - torch.expm1(-h) * alpha_next * x
-            deviation = torch.sqrt(-torch.expm1(-h)) * sigma_next**0.8 * sigma**0.2
+        elif sampler == "ddpm":  # q(z_next | z, x) of [VDM], its variance between both bounds, log-linearly
+            mean = torch.exp(-step) * (alpha_next / alpha) * z - torch.expm1(-step) * alpha_next * x
+            deviation = torch.sqrt(-torch.expm1(-step)) * sigma_next**0.8 * sigma**0.2
             z = mean + deviation * torch.randn((B, E), generator=generator, device=z.device)
-        else:  # [DPM++] algorithm 2, in log_snr = 2 lambda
-            if last_x is not None:
-                x, last_x = x + (x - last_x) * h / (2 * last_h), x
-            else:
-                last_x = x
-            last_h = h
-            z = sigma_next / sigma * z - alpha_next * torch.expm1(-h / 2) * x
+        else:  # [DPM++] algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
+            ahead = x if last_x is None else x + (x - last_x) * step / (2 * last_step)
+            last_x, last_step = x, step
+            z = sigma_next / sigma * z - alpha_next * torch.expm1(-step / 2) * ahead
     check(z.isfinite().all(), "the diffusion diverged: lower cfg_scale or the weights of the guides")
     return z
 
@@ -764,6 +772,11 @@ def load_encoder(name, device="cpu"):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def same_encoder(a, b):
+    """Encoders are known by the last part of their name, so that a folder may stand for a hub's name."""
+    return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
+
+
 class DGLM:
     """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
 
@@ -776,15 +789,13 @@ class DGLM:
 
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
-        decoder_meta, decoder = load_checkpoint(folder, "decoder", device=self.device)
+        decoder_meta, self.decoder = load_decoder(folder, self.device)
         diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
         self.data = data = decoder_meta["data"]
         same = data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
-        self.decoder = build_decoder(decoder_meta["network"]).to(self.device).eval().requires_grad_(False)
-        load_weights(self.decoder, decoder, f"{folder}/decoder.json")
         network = DiffusionTransformer(**diffusion_meta["network"])
-        self.diffusion = network.to(self.device).eval().requires_grad_(False)
+        self.diffusion = network.to(self.device).requires_grad_(False)
         load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
 
         ranks_path = f"{folder}/tokenizer.tiktoken"
@@ -862,27 +873,3 @@ class DGLM:
             proposals = self.propose(batch, guide, generator, **options)
             texts = self.write(batch, proposals, max_new_tokens, generator=generator, **decoding)
             yield from zip(texts, proposals)
-
-
-def newest_model():
-    """The whole model in out/ that was trained last, else the one in the box. Raises InputError for none."""
-    folders = (os.path.dirname(path) for path in glob.glob("out/*/decoder.json"))
-    trained = [folder for folder in folders if os.path.exists(f"{folder}/diffusion.json")]
-    if trained:
-        return max(trained, key=lambda folder: os.path.getmtime(f"{folder}/decoder.json"))
-    box = "pretrained/reviews"
-    check(
-        os.path.exists(f"{box}/decoder.json"),
-        "there is no trained model in out/ yet: see the README, or give --out_dir",
-    )
-    return box
-
-
-def same_encoder(a, b):
-    """Encoders are known by the last part of their name, so that a folder may stand for a hub's name."""
-    return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
-
-
-def build_decoder(network):
-    """{"gpt": GPTConfig's fields, "generator": PromptGenerator's arguments} -> Decoder."""
-    return Decoder(GPT(GPTConfig(**network["gpt"])), PromptGenerator(**network["generator"]))

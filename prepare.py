@@ -4,7 +4,7 @@ Each document is tokenised and cut into windows of at most block_size tokens, at
 are any; each window is split at a random word into prefix and continuation; a frozen sentence encoder
 embeds both sides. Training then reads memory maps and never runs the encoder.
 
-    python prepare.py --dataset toy                                    a small grammar of reviews, made here
+    python prepare.py config/toy.py                                    a small grammar of reviews, made here
     python prepare.py --dataset my.jsonl.gz --encoder all-MiniLM-L6-v2 JSON lines with a field "text"
     python prepare.py --dataset notes.txt                              text; a blank line ends a document
     python prepare.py --dataset folder/                                all such files in it
@@ -165,12 +165,9 @@ def judge_text(text):
 @cache
 def grammar():
     """One pattern for all sentences of the grammar."""
-    each = [sentence_patterns(topic, sentiment) for topic in TOPICS for sentiment in SENTIMENTS]
-    return re.compile(
-        "|".join(
-            p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)
-        )
-    )
+    each = itertools.starmap(sentence_patterns, itertools.product(TOPICS, SENTIMENTS))
+    found = [p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)]
+    return re.compile("|".join(found))
 
 
 def judge_file(path):
@@ -273,15 +270,11 @@ def documents():
     if dataset == "openwebtext":
         return every(openwebtext_documents())
     check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
-    files = [dataset]
+    found = [dataset]
     if os.path.isdir(dataset):
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names)
-        files = sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
-        check(files, f"{dataset} holds no .txt, .jsonl or .jsonl.gz file")
-    check(
-        all(f.endswith((".txt", ".jsonl", ".jsonl.gz")) for f in files),
-        f"{dataset}: not .txt, .jsonl or .jsonl.gz",
-    )
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names]
+    files = sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
+    check(files, f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
     return every(itertools.chain.from_iterable(map(file_documents, files)))
 
 

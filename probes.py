@@ -11,6 +11,7 @@ see.
 
 import io
 import os
+from collections import Counter
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -22,13 +23,14 @@ from configurator import (
     CHECKPOINT_FORMAT,
     check,
     hub_file,
+    newest_model,
     pick_device,
     read_json_lines,
     read_own_json,
     run,
     write_file,
 )
-from model import load_encoder, newest_model
+from model import load_encoder
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # of the probe; default the file's name
@@ -80,7 +82,7 @@ def read_labelled(source):
                 texts.append(text.encode("utf-8", "replace").decode())
                 labels.append(str(label))
     check(texts, f"{source} holds no labelled text")
-    counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
+    counts = Counter(labels)
     check(len(counts) > 1, f"{source}: the only label is {labels[0]!r}; a probe needs two or more")
     for label, count in counts.items():
         check(
@@ -93,6 +95,8 @@ def read_labelled(source):
 
 def main(settings):
     check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
+    for key in ("inverse_penalty", "max_iter", "weight"):
+        check(0 < settings[key] < float("inf"), f"{key}={settings[key]}: must be above 0")
     sources = data.split(",")
     check(len(sources) == 1 or not name, "--name is for a single source of data")
     folder = out_dir or newest_model()

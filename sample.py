@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import check, read_lines, run, write_file
-from model import DGLM, check_decoding, newest_model
+from configurator import check, newest_model, read_lines, run, write_file
+from model import DGLM, check_decoding, check_sampling
 
 prefix = ""  # text to continue, or FILE:path with one a line
 guide = "none"  # none, or classes of the probes: negative (with its probe's weight), negative:30,sports:10
@@ -40,6 +40,7 @@ seed = 1337  # fixes everything
 def main(settings):
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
+    check_sampling(steps, sampler)
     check_decoding(sigma2, temperature, top_p, repetition_penalty)
     folder_of_out = os.path.dirname(out) or "."
     check(os.path.isdir(folder_of_out), f"cannot write {out}: there is no folder {folder_of_out}")
@@ -47,6 +48,7 @@ def main(settings):
     if os.path.exists(prefix):
         print(f"note: {prefix} is a file; to continue its lines, say FILE:{prefix}", file=sys.stderr)
     prefixes = read_lines(prefix[5:]) if prefix.startswith("FILE:") else [prefix]
+    prefixes = [p.encode("utf-8", "replace").decode().rstrip() for p in prefixes]
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)
@@ -54,10 +56,10 @@ def main(settings):
     options |= {"temperature": temperature, "repetition_penalty": repetition_penalty}
     options["progress"] = lambda levels: tqdm(levels, desc="diffuse", leave=False)
     texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, batch_size, **options)
-    rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
+    rows = [p for p in prefixes for _ in range(num_samples)]
     written, proposals = [], []
     for before, (text, proposal) in zip(rows, texts):
-        print((before + text).lstrip(), flush=True)
+        print(" ".join((before + text).split()), flush=True)
         written.append(text)
         proposals.append(proposal)
     if out:

@@ -108,7 +108,6 @@ def main(settings):
     @torch.no_grad()
     def evaluate():
         """Losses of the continuations, told their own proposals and those of other rows; prints two texts."""
-        decoder.eval()
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
@@ -131,7 +130,6 @@ def main(settings):
         for row, end, n, text in zip(tokens, length, split, texts):
             print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
             print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
-        decoder.train()
         mean = sum(totals[level] for level in NOISE_LEVELS) / len(NOISE_LEVELS)
         return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 

@@ -26,8 +26,6 @@ from configurator import (
     check,
     data_name,
     generator_at,
-    load_checkpoint,
-    load_weights,
     pick_device,
     run,
     share,
@@ -36,9 +34,9 @@ from configurator import (
 from model import (
     AdaptiveNoise,
     DiffusionTransformer,
-    build_decoder,
     diffuse,
     diffusion_loss,
+    load_decoder,
     loss_weight,
     make_tokenizer,
     sample,
@@ -90,11 +88,9 @@ def main(settings):
 
     decoder = None  # stage 1, where it is there, puts the proposals into words
     if os.path.exists(f"{folder}/decoder.json"):
-        meta, weights = load_checkpoint(folder, "decoder", device=place)
+        meta, decoder = load_decoder(folder, place)
         same = meta["data"] == data.identity()
         check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: change --out_dir")
-        decoder = build_decoder(meta["network"]).to(place).eval()
-        load_weights(decoder, weights, f"{folder}/decoder.json")
     tokenizer = make_tokenizer(data.ranks())
 
     def loss(net, index, rng):

@@ -27,7 +27,9 @@ train_decoder = {
 train_diffusion = {
     "width": 192,
     "layers": 6,
-    "max_iters": 6000,
+    "max_iters": 5000,
+    "learning_rate": 3e-3,
+    "muon": 0.02,
     "warmup_iters": 200,
     "eval_interval": 500,
 }

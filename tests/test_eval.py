@@ -35,6 +35,7 @@ weights = "0,20"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
+samplers = "ddpm 30,dpm++ 5"
 seeds = 2
 steps = 4
 sampler = "dpm++"
@@ -177,7 +178,8 @@ def test_every_task_writes_its_table_and_its_raw_numbers(evaluated):
         "w 1",
         "w 3",
     }
-    assert set(read(project, "runtime")[1]) == {"batch 1, tokens 8", "batch 4, tokens 8"}
+    timed = {"batch 1, tokens 8", "batch 4, tokens 8", "ddpm 30", "dpm++ 5"}
+    assert set(read(project, "runtime")[1]) == timed
     assert len(read(project, "control")[0]["cells"]["negative:20/0/0"]["text"]) == 4
 
 
@@ -209,6 +211,7 @@ def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated):
         ("--task control --weights 5,x --results r", "must be numbers"),
         ("--task control --sigma2 0.1", "made with other sigma2"),
         ("--task compose --pairs negative --results r", "must be two classes"),
+        ("--task runtime --samplers ddpm --results r", "names with their steps"),
         ("--task noise --judge_lm config --results r", "cannot load config"),
         ("--task noise --texts nowhere.jsonl --results r", "nowhere.jsonl"),
         ("--task noise --new_tokens 900 --results r", "only 0 held-out texts"),
