@@ -74,7 +74,7 @@ texts = ""  # generation, noise: held-out JSON lines with text; default the data
 num_texts = 5000  # generation, noise: so many of them
 prefix_tokens = 32  # generation, noise: at most so many of each are given
 new_tokens = 32  # generation, noise, runtime: so many are written
-cfg_scales = "1,1.5,2,2.5,3,5"  # generation: classifier-free guidance
+cfg_scales = "1,1.5,2,2.5,3,5"  # generation: scales of classifier-free guidance
 noise_levels = "0,0.05,0.1,0.2,0.5,1"  # noise: sigma^2 of the proposal
 prompts = (
     "Once upon a time|The book|The chicken|The city|The country|The horse|The lake|The last time|The movie"
@@ -92,6 +92,7 @@ samplers = "ddpm 250,dpm++ 50,dpm++ 20,dpm++ 10,dpm++ 5"  # runtime: compared, u
 seeds = 5  # repetitions: seed, seed + 1, ...; the errors in the tables are over them
 steps = 250  # of the diffusion
 sampler = "ddpm"  # dpm++, ddim or ddpm
+cfg_scale = 1.0  # classifier-free guidance, in all but generation
 sigma2 = 0.05  # noise on the proposal
 top_p = 0.9  # the likeliest tokens that make up this probability
 temperature = 1.0  # of the decoder
@@ -468,7 +469,7 @@ class Bench:
         return generator_at(self.model.device, seed + repetition, *more)
 
     def propose(self, prefixes, rng, guide="none", **options):
-        options = {"steps": steps, "sampler": sampler} | options
+        options = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale} | options
         return self.model.propose(prefixes, guide, rng, **options)
 
     def write(self, prefixes, proposals, count, rng, noise):
@@ -568,7 +569,7 @@ def generation(bench, book):
 
 def noise(bench, book):
     """Table 2: the same, as the proposal is drowned in noise."""
-    return continuations(bench, book, {f"sigma2 {x:g}": (1.0, x) for x in numbers(noise_levels)})
+    return continuations(bench, book, {f"sigma2 {x:g}": (cfg_scale, x) for x in numbers(noise_levels)})
 
 
 def guided(bench, guide, count, r, prompt):

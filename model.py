@@ -596,7 +596,7 @@ def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, g
             without = torch.cat((absent, torch.ones_like(absent)))
             v = denoiser(z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2), without)
             v = cfg_scale * v[:B] + (1 - cfg_scale) * v[B:]
-        x, eps = x_and_eps(z_t, v, log_snr)
+        x, eps = x_and_eps(z_t, v.float(), log_snr)
         if guides:
             # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
             noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
@@ -836,11 +836,16 @@ class DGLM:
 
         parsed = parse_guide(guide, self.probes)
         guides = [(log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
+
+        def denoiser(*inputs):
+            with autocast(self.device):
+                return self.diffusion(*inputs)
+
         absent = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes))
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if any(distinct) else {}
         x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])
-        return self.to_sphere(sample(self.diffusion, x_pref, absent, guides, generator=generator, **sampling))
+        return self.to_sphere(sample(denoiser, x_pref, absent, guides, generator=generator, **sampling))
 
     def write(self, prefixes, proposals, max_new_tokens, sigma2=0.05, generator=None, **decoding):
         """The decoder's continuations of the prefixes, told the proposals (B, E) in sigma2 of noise -> texts.

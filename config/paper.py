@@ -30,4 +30,10 @@ train_diffusion = {
     "warmup_iters": 1000,
     "weight_decay": 1e-4,
 }
-sample = {"sampler": "ddpm", "steps": 250}
+sample = {
+    "sampler": "ddpm",
+    "steps": 250,
+    "cfg_scale": 1.0,
+    "temperature": 1.0,
+    "repetition_penalty": 1.2,
+}

@@ -33,3 +33,27 @@ train_diffusion = {
     "warmup_iters": 200,
     "eval_interval": 500,
 }
+
+eval = {
+    "judge_lm": "smollm2",
+    "judges": "vader,profanity",
+    "num_texts": 500,
+    "prefix_tokens": 20,
+    "prompts": "The movie was|This film is about|I watched it with|The story|The director|Last night we"
+    "|The acting in this|When I first heard about|The main character|In the beginning,|My friends and I"
+    "|The film opens with|The plot|After an hour|The soundtrack|We rented this|The ending|This is a|The book"
+    "|I thought",
+    "num_samples": 5,
+    "control_tokens": 32,
+    "attributes": "negative,positive,nontoxic",
+    "weights": "0,5,10,20,30,50,100",
+    "pairs": "negative+nontoxic,positive+nontoxic",
+    "lengths": "8,16,32,64",
+    "samplers": "ddpm 250,dpm++ 50,dpm++ 20,dpm++ 10,dpm++ 5",
+    "seeds": 3,
+    "steps": 10,
+    "sampler": "dpm++",
+    "cfg_scale": 2.5,
+    "temperature": 0.7,
+    "repetition_penalty": 1.1,
+}
