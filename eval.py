@@ -502,7 +502,10 @@ def held_out(model):
         rows = (row.get("text") for row in read_json_lines(texts))
         rows = (bpe.encode_ordinary(t) for t in rows if isinstance(t, str))
     else:
-        data = Data(model.data["name"])
+        name = model.data["name"]
+        prepared = os.path.exists(f"data/{name}/meta.json")
+        check(prepared, f"say --texts, JSON lines of held-out text: data/{name}, its default, is not here")
+        data = Data(name)
         check(
             data.identity() == model.data, f"{data.folder} is not what the model was trained on: say --texts"
         )

@@ -210,6 +210,8 @@ def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated):
         ("--task control --judges judge_topic.jsonl --results r", "knows 'negative'"),
         ("--task control --weights 5,x --results r", "must be numbers"),
         ("--task control --sigma2 0.1", "made with other sigma2"),
+        ("--task noise --noise_levels 0,2 --results r", "sigma2=2.0"),
+        ("--task control --sampler eulr --results r", "unknown sampler"),
         ("--task compose --pairs negative --results r", "must be two classes"),
         ("--task runtime --samplers ddpm --results r", "names with their steps"),
         ("--task noise --judge_lm config --results r", "cannot load config"),

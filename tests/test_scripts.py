@@ -216,6 +216,9 @@ BAD = [
     ("train_decoder.py config/toy.py --out_dir=out/x --eval_rows=0", "eval_rows=0: must be at least 1"),
     ("train_decoder.py config/toy.py --out_dir=out/x --soft_tokens=0", "K=0"),
     ("train_decoder.py config/toy.py --out_dir=out/x --n_head=0", "n_head=0"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --grad_clip=0", "grad_clip=0.0: must be above 0"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --beta1=1", "beta1=1.0"),
+    ("probes.py config/toy.py --weight=-5", "weight=-5.0"),
     ("train_decoder.py config/toy.py --seed=-1", "seed=-1"),
     ("train_diffusion.py config/toy.py --out_dir=out/x --width=0", "d=0 must divide by 64"),
     (
@@ -318,6 +321,13 @@ def test_a_spoilt_model_is_named(project, change, message, capsys, monkeypatch):
     status, line = call(project, "sample.py --out_dir=out/spoilt", capsys, monkeypatch)
     assert status == 2 and message in line
     shutil.rmtree(project / "out/spoilt")
+
+
+def test_starting_over_replaces_even_a_checkpoint_of_another_version(project):
+    spoil("old", project, edit_json("decoder.json", format=99))
+    python(f"{DECODER} --out_dir=out/old --max_iters=1 --eval_interval=1 --resume=False", project)
+    assert json.loads((project / "out/old/decoder.json").read_text())["step"] == 1
+    shutil.rmtree(project / "out/old")
 
 
 @pytest.mark.parametrize(
