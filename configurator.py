@@ -105,6 +105,10 @@ def read_config(path, script, settings):
 
     Raises InputError for a missing or malformed file, an unknown key or a value of the wrong type.
     """
+    check(
+        path.endswith(".py"),
+        f"{path!r} is no config file, which ends in .py: variables are set by --key=value",
+    )
     try:
         with open(path, encoding="utf-8") as f:
             body = ast.parse(f.read()).body

@@ -11,6 +11,7 @@ see.
 
 import io
 import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -106,6 +107,7 @@ def main(settings):
     encoder_name = encoder or own
     check(encoder_name, f"{folder} holds no model: say --encoder")
     labelled = [(source, *read_labelled(source)) for source in sources]
+    print(f"for the model {folder}", file=sys.stderr)
     encode = load_encoder(encoder_name, pick_device(device))
     os.makedirs(f"{folder}/probes", exist_ok=True)
     print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
