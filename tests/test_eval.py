@@ -35,7 +35,7 @@ weights = "0,20"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
-samplers = "ddpm 30,dpm++ 5"
+samplers = "ddpm 6,dpm++ 3"
 seeds = 2
 steps = 4
 sampler = "dpm++"
@@ -178,7 +178,7 @@ def test_every_task_writes_its_table_and_its_raw_numbers(evaluated):
         "w 1",
         "w 3",
     }
-    timed = {"batch 1, tokens 8", "batch 4, tokens 8", "ddpm 30", "dpm++ 5"}
+    timed = {"batch 1, tokens 8", "batch 4, tokens 8", "ddpm 6", "dpm++ 3"}
     assert set(read(project, "runtime")[1]) == timed
     assert len(read(project, "control")[0]["cells"]["negative:20/0/0"]["text"]) == 4
 
