@@ -362,6 +362,7 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
     try:
         old = read_own_json(path, CHECKPOINT_FORMAT)
     except InputError:  # none, or one that this run starts over
+        check(weights is not None, f"{path} is gone or damaged, and with it the best weights: start over")
         old = {}
     files = {k: old[k] for k in ("weights", "state") if k in old}
     for key, tensors, suffix in (("weights", weights, ""), ("state", state, ".state")):

@@ -70,9 +70,9 @@ from model import DGLM, check_decoding, check_sampling, parse_guide
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 results = "results"  # folder for what comes out
-texts = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
-num_texts = 5000  # generation, noise: so many of them
-prefix_tokens = 32  # generation, noise: at most so many of each are given
+texts = ""  # generation, noise, runtime: held-out JSON lines with text; default the data's validation part
+num_texts = 5000  # generation, noise, runtime: so many of them
+prefix_tokens = 32  # generation, noise, runtime: at most so many of each are given
 new_tokens = 32  # generation, noise, runtime: so many are written
 cfg_scales = "1,1.5,2,2.5,3,5"  # generation: scales of classifier-free guidance
 noise_levels = "0,0.05,0.1,0.2,0.5,1"  # noise: sigma^2 of the proposal
@@ -788,13 +788,13 @@ def main(settings):
     for name in counts:
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
     check(best_of >= 2, f"best_of={best_of}: must be at least 2")
-    for sampler_, steps_ in [(sampler, steps), *solvers()]:
-        check_sampling(steps_, sampler_)
+    for solver, count in [(sampler, steps), *solvers()]:
+        check_sampling(count, solver)
     for noise_level in [sigma2, *numbers(noise_levels)]:
         check_decoding(noise_level, temperature, top_p, repetition_penalty)
     check(min(numbers(weights)) >= 0, f"--weights {weights}: must be 0 or more")
     check(min(numbers(lengths) + numbers(batch_sizes)) >= 1, "--lengths, --batch_sizes: must be 1 or more")
-    numbers(cfg_scales)
+    numbers(cfg_scales)  # says it now where they are none
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     for pair in pairs.split(","):

@@ -219,6 +219,7 @@ class Block(nn.Module):
     def forward(self, h, time):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
+        # each (B, heads, T, HEAD)
         q, k, v = (x.view(B, T, -1, HEAD).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
         y = attend(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
@@ -473,10 +474,10 @@ class GPT(nn.Module):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
-        standing at their ends. temperature 0 takes the
-        likeliest token; top_p keeps the smallest set of tokens with that probability; repetition_penalty
-        (Keskar et al. 2019) is for the tokens of prompt and text, with a soft prompt, as in transformers,
-        of the text alone. Raises InputError where a prompt leaves no room for the new tokens.
+        standing at their ends. temperature 0 takes the likeliest token; top_p keeps the smallest set of
+        tokens with that probability; repetition_penalty (Keskar et al. 2019) is for the tokens of prompt and
+        text, with a soft prompt, as in transformers, of the text alone.
+        Raises InputError where a prompt leaves no room for the new tokens.
         """
         device, B = self.wte.weight.device, len(prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
