@@ -35,6 +35,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from functools import cache, partial
 
 import numpy as np
@@ -75,6 +76,7 @@ num_texts = 5000  # generation, noise, runtime: so many of them
 prefix_tokens = 32  # generation, noise, runtime: at most so many of each are given
 new_tokens = 32  # generation, noise, runtime: so many are written
 cfg_scales = "1,1.5,2,2.5,3,5"  # generation: scales of classifier-free guidance
+plain_temperatures = "0.7,0.8,0.9,1"  # generation: of the plain decoder, to be seen at equal perplexity
 noise_levels = "0,0.05,0.1,0.2,0.5,1"  # noise: sigma^2 of the proposal
 prompts = (
     "Once upon a time|The book|The chicken|The city|The country|The horse|The lake|The last time|The movie"
@@ -83,7 +85,7 @@ prompts = (
 num_samples = 25  # control, compose: texts a prompt
 control_tokens = 20  # control, compose: tokens of each
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
-weights = "0,5,10,20,50,100,500,1000"  # control: of the guide
+weights = "5,10,20,50,100,500,1000"  # control: of the guide, beside 0
 best_of = 3  # control: of so many unguided texts the baseline takes the one that the probe likes best
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
@@ -443,20 +445,34 @@ def table(book, rows, chunks, measure):
 
 
 def show(rows):
-    """Prints the rows of `table` as Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))[1:]
+    """Prints the rows of `table` as Markdown: a new table where a row has no figure of those before."""
+    apart = next((i for i, row in enumerate(rows) if len(row.keys() & rows[0].keys()) == 1), len(rows))
+    names = list(dict.fromkeys(name for row in rows[:apart] for name in row))[1:]
     names = [name for name in names if name != "empty" or any(row.get(name, [0])[0] for row in rows)]
     print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    for row in rows:
+    for row in rows[:apart]:
         cells = []
         for mean, error in (row.get(name, (None, None)) for name in names):
             cells.append("" if mean is None else f"{mean:.4g}" + (f" ± {error:.2g}" if error else ""))
         print(f"| {row['row']} | " + " | ".join(cells) + " |")
+    if rows[apart:]:
+        show(rows[apart:])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The tasks: each -> the rows of its table
 # ------------------------------------------------------------------------------------------------------------
+
+
+def as_transformers(gpt):
+    """The same weights in transformers' GPT-2, to compare speed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    twin = GPT2LMHeadModel(GPT2Config(**asdict(gpt.config), eos_token_id=None, pad_token_id=0)).eval()
+    conv1d = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+    weights = {k: v.t() if k.endswith(conv1d) else v for k, v in gpt.state_dict().items()}
+    twin.transformer.load_state_dict(weights, strict=False)
+    return twin.to(gpt.wte.weight)
 
 
 class Bench:
@@ -472,14 +488,22 @@ class Bench:
         options = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale} | options
         return self.model.propose(prefixes, guide, rng, **options)
 
-    def write(self, prefixes, proposals, count, rng, noise):
-        options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
-        return self.model.write(prefixes, proposals, count, noise, rng, **options)
+    def write(self, prefixes, proposals, count, rng, noise, **options):
+        return self.model.write(prefixes, proposals, count, noise, rng, **decoding() | options)
 
     def assess(self, prefixes, written, proposals):
         similarity = F.cosine_similarity(self.model.encode(written), proposals).tolist()
         columns = self.judges.assess(prefixes, written)
         return columns | {"similarity": similarity, "proposals": pack(proposals.cpu())}
+
+
+def decoding():
+    return {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+
+
+def corpus_perplexity(cells):
+    """exp of the mean nats of all tokens together."""
+    return np.exp(column(cells, "nats").sum() / column(cells, "tokens").sum())
 
 
 def measures(cells):
@@ -488,7 +512,7 @@ def measures(cells):
     nats, tokens = nats[tokens > 0], tokens[tokens > 0]
     return {
         "perplexity": np.exp(nats / tokens).mean(),  # the paper's, the mean over texts, which outliers rule
-        "corpus perplexity": np.exp(nats.sum() / tokens.sum()),
+        "corpus perplexity": corpus_perplexity(cells),
         "Div": diversity(column(cells, "text")),
         "empty": np.mean(column(cells, "tokens") == 0),
         "similarity": column(cells, "similarity").mean(),
@@ -524,7 +548,7 @@ def held_out(model):
 
 
 def continuations(bench, book, settings):
-    """What `generation` and `noise` share. settings: {row: (cfg_scale or None, sigma2)}."""
+    """What `generation` and `noise` share. settings: {row: (cfg_scale or None, sigma2, temperature)}."""
     prefixes, truths, true = held_out(bench.model)
     print(f"{len(prefixes)} held-out texts")
     chunks = [slice(i, i + batch_size) for i in range(0, len(prefixes), batch_size)]
@@ -539,10 +563,10 @@ def continuations(bench, book, settings):
         chunk = slice(start, start + batch_size)
         return bench.assess(prefixes[chunk], truths[chunk], true[chunk])
 
-    def told(cfg_scale, noise, r, chunk):
+    def told(cfg_scale, noise, heat, r, chunk):
         proposals = true[chunk] if cfg_scale is None else proposed(r, chunk.start, cfg_scale)
         rng = bench.random(r, chunk.start, 1)
-        written = bench.write(prefixes[chunk], proposals, new_tokens, rng, noise)
+        written = bench.write(prefixes[chunk], proposals, new_tokens, rng, noise, temperature=heat)
         return bench.assess(prefixes[chunk], written, proposals)
 
     def measure(name, cells, r):
@@ -566,13 +590,18 @@ def continuations(bench, book, settings):
 
 def generation(bench, book):
     """Table 1: continuations of held-out text, by the scale w of classifier-free guidance."""
-    settings = {"plain decoder": (None, 1.0), "true embedding": (None, sigma2)}
-    return continuations(bench, book, settings | {f"w {w:g}": (w, sigma2) for w in numbers(cfg_scales)})
+    settings = {
+        f"plain decoder, temperature {heat:g}": (None, 1.0, heat) for heat in numbers(plain_temperatures)
+    }
+    settings["true embedding"] = (None, sigma2, temperature)
+    settings |= {f"w {w:g}": (w, sigma2, temperature) for w in numbers(cfg_scales)}
+    return continuations(bench, book, settings)
 
 
 def noise(bench, book):
     """Table 2: the same, as the proposal is drowned in noise."""
-    return continuations(bench, book, {f"sigma2 {x:g}": (cfg_scale, x) for x in numbers(noise_levels)})
+    settings = {f"sigma2 {x:g}": (cfg_scale, x, temperature) for x in numbers(noise_levels)}
+    return continuations(bench, book, settings)
 
 
 def guided(bench, guide, count, r, prompt):
@@ -596,9 +625,9 @@ def success(bench, cells, label):
 
 def control(bench, book):
     """Figures 5 and 6: attribute and fluency against the weight of the guide."""
-    rows, labels = {}, {}
+    rows, labels, chunks = {}, {}, list(enumerate(read_prompts()))
     for label in attributes.split(","):
-        for w in numbers(weights):
+        for w in sorted({0.0, *numbers(weights)}):
             guide = f"{label}:{w:g}" if w else "none"
             rows[f"{label} {w:g}"] = (guide, partial(guided, bench, guide, 1))
             labels[f"{label} {w:g}"] = label
@@ -607,29 +636,35 @@ def control(bench, book):
 
     def measure(name, cells, r):
         label, out = labels[name], measures(cells)
+        unguided = [book.cells[f"none/{r}/{i}"] for i in range(len(chunks))]
+        out["relative perplexity"] = out["corpus perplexity"] / corpus_perplexity(unguided)
         out["Dist-3"] = np.mean([distinct_3(cell["text"]) for cell in cells])
         for judge in bench.judges.of(bare(label)):
             score, by = column(cells, judge), judge.partition(" ")[2]
             out |= {f"score {by}": score.mean(), f"share {by}": (score > 0.5).mean()}
         return out
 
-    return table(book, rows, list(enumerate(read_prompts())), measure)
+    return table(book, rows, chunks, measure)
 
 
 def compose(bench, book):
-    """Table 3: two attributes at once, and each alone."""
-    rows, labels = {}, {}
+    """Table 3: two attributes at once, and each alone. `kept`: what it reaches of what it reaches alone."""
+    rows, labels, chunks = {}, {}, list(enumerate(read_prompts()))
     for pair in pairs.split(","):
         for guide in ("none", *pair.split("+"), pair.replace("+", ",")):
             rows[f"{pair} by {guide}"] = (guide, partial(guided, bench, guide, 1))
             labels[f"{pair} by {guide}"] = pair.split("+")
 
     def measure(name, cells, r):
-        first, second = (success(bench, cells, label) for label in labels[name])
-        shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
-        return shares | measures(cells)
+        first, second = found = [success(bench, cells, label) for label in labels[name]]
+        out = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
+        if "," in rows[name][0]:
+            for which, label, reached in zip(("first", "second"), labels[name], found):
+                alone = [book.cells[f"{label}/{r}/{i}"] for i in range(len(chunks))]
+                out[f"{which} kept"] = reached.mean() / max(success(bench, alone, label).mean(), 1e-9)
+        return out | measures(cells)
 
-    return table(book, rows, list(enumerate(read_prompts())), measure)
+    return table(book, rows, chunks, measure)
 
 
 def runtime(bench, book):
@@ -639,6 +674,7 @@ def runtime(bench, book):
     model, line, label = bench.model, read_prompts()[0], attributes.split(",")[0]
     tokens = model.tokenizer.encode_ordinary(line)
     room = model.decoder.gpt.config.n_positions - model.decoder.generator.K - len(tokens)
+    twin = as_transformers(model.decoder.gpt)
     counts = [int(n) for n in numbers(lengths) if n <= room]
     check(counts, f"--lengths: this model has room for {room} tokens after the prompt")
     prefixes, _, true = held_out(model)
@@ -658,7 +694,6 @@ def runtime(bench, book):
 
     def parts(batch, count, r, _):
         rng, lines, out = bench.random(r, count), [line] * batch, {}
-        options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
         for _ in range(2):  # the first is to warm up
             _, out["encode"] = seconds(model.encode, lines)
             _, out["guided"] = propose(lines, rng, label)
@@ -666,14 +701,17 @@ def runtime(bench, book):
             alpha2 = torch.full((batch,), 1 - sigma2, device=model.device)
             soft, out["prompt"] = seconds(model.decoder.generator, x, alpha2)
             generate = model.decoder.gpt.generate
-            _, out["decode"] = seconds(generate, [tokens] * batch, count, soft, generator=rng, **options)
+            _, out["decode"] = seconds(generate, [tokens] * batch, count, soft, generator=rng, **decoding())
+            ids, options = torch.tensor([tokens] * batch, device=model.device), {**decoding(), "top_k": 0}
+            options |= {"attention_mask": torch.ones_like(ids), "do_sample": True}
+            _, out["transformers"] = seconds(twin.generate, ids, max_new_tokens=count, **options)
         return {name: [value / batch] for name, value in out.items()}
 
     def measure_parts(name, cells, r):
         out = {name: column(cells, name).mean() for name in ("encode", "diffuse", "prompt", "decode")}
         out["relative"] = sum(out.values()) / out["decode"]
-        out["guided"] = column(cells, "guided").mean()
-        return out | {"guided / decode": out["guided"] / out["decode"]}
+        both = {name: column(cells, name).mean() for name in ("guided", "transformers")}
+        return out | both | {f"{name} / decode": both[name] / out["decode"] for name in both}
 
     def compare(solver, count, r, chunk):
         lines, options = prefixes[chunk], {"sampler": solver, "steps": count}
@@ -681,10 +719,10 @@ def runtime(bench, book):
         steered, guided = propose(lines, bench.random(r, chunk.start), label, **options)
         written = bench.write(lines, steered, new_tokens, bench.random(r, chunk.start, 1), sigma2)
         out = bench.assess(lines, written, steered) | {"unguided": pack(x.cpu())}
-        return out | {"diffuse": [diffuse / len(lines)], "guided": [guided / len(lines)]}
+        return out | {"seconds": [diffuse / len(lines)], "seconds, guided": [guided / len(lines)]}
 
     def measure_solver(name, cells, r):
-        out = {name: column(cells, name).mean() for name in ("diffuse", "guided")}
+        out = {name: column(cells, name).mean() for name in ("seconds", "seconds, guided")}
         out["Frechet"] = frechet(unpack(cells, "unguided"), true.cpu().numpy())
         return out | {label: success(bench, cells, label).mean()} | measures(cells)
 
@@ -698,7 +736,7 @@ def runtime(bench, book):
 
 TASKS = {f.__name__: f for f in (generation, noise, control, compose, runtime)}
 PANELS = {  # the x axis of a task's plot, and the figures that are drawn
-    "generation": ("w", "corpus|Div|MAUVE|Frechet"),
+    "generation": ("w", "corpus|Div|MAUVE|Frechet"),  # Div against perplexity, not w
     "noise": ("sigma^2", "corpus|Div|similarity|MAUVE"),
     "control": ("guidance weight", "corpus|share"),
     "compose": ("", "first|second|both"),
@@ -752,18 +790,20 @@ def plot(name, rows, path):
     labels = [point[1] if point else row["row"] for point, row in zip(points, rows)]
     colour = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels))}
     for figure, ax in zip(figures, axes[0]):
-        lines = {}  # {label: points (x, mean, error)}
+        lines, at_equal_perplexity = {}, name == "generation" and figure == "Div"
         for row, point, label in zip(rows, points, labels):
             mean, error = row.get(figure, (None, None))
             if mean is not None and not axis:
                 ax.barh(label, mean, xerr=error, color=f"C{list(colour).index(label) // 4}")
-            elif mean is not None and point:
+            elif mean is not None and at_equal_perplexity:
+                lines.setdefault(label, []).append((row["corpus perplexity"][0], mean, error or 0))
+            elif mean is not None and point and label != "plain decoder, temperature":
                 lines.setdefault(label, []).append((float(point[2]), mean, error or 0))
-            elif mean is not None:
+            elif mean is not None and not point:
                 ax.axhline(mean, linestyle=":", color=colour[label], label=label)
         for label, line in lines.items():
             ax.errorbar(*zip(*line), marker="o", capsize=2, color=colour[label], label=label)
-        ax.set(title=figure, xlabel=axis)
+        ax.set(title=figure, xlabel="corpus perplexity" if at_equal_perplexity else axis)
         ax.tick_params(labelleft=bool(axis) or ax is axes[0][0])
         if name == "control":
             ax.set_xscale("symlog", linthresh=5)
@@ -791,7 +831,9 @@ def main(settings):
     for solver, count in [(sampler, steps), *solvers()]:
         check_sampling(count, solver)
     for noise_level in [sigma2, *numbers(noise_levels)]:
-        check_decoding(noise_level, temperature, top_p, repetition_penalty)
+        check_decoding(noise_level, **decoding())
+    for heat in numbers(plain_temperatures):
+        check_decoding(temperature=heat)
     check(min(numbers(weights)) >= 0, f"--weights {weights}: must be 0 or more")
     check(min(numbers(lengths) + numbers(batch_sizes)) >= 1, "--lengths, --batch_sizes: must be 1 or more")
     numbers(cfg_scales)  # says it now where they are none
@@ -799,7 +841,8 @@ def main(settings):
     model = DGLM(folder, device)
     for pair in pairs.split(","):
         check(pair.count("+") == 1, f"--pairs: {pair!r} must be two classes, as negative+sports")
-    labels = attributes.split(",") * bool({"control", "runtime"} & set(wanted))
+    labels = attributes.split(",") if "control" in wanted else []
+    labels += attributes.split(",")[:1] * ("runtime" in wanted)
     labels += re.split("[,+]", pairs) * ("compose" in wanted)
     for label in labels:
         parse_guide(label, model.probes)  # says it now where no probe has that class

@@ -42,6 +42,7 @@ from configurator import (
     load_checkpoint,
     load_weights,
     pick_device,
+    precision,
     read_json,
     read_ranks,
     read_tensors,
@@ -184,9 +185,9 @@ def attend(q, k, v, mask=None, causal=False):
 
     mask: (B, 1, T, S) bool, True where q may look.
     """
-    if v.dtype != torch.bfloat16 or not v.is_cpu:
+    if v.dtype != torch.bfloat16 or not v.is_cpu or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # on a CPU in bf16 the fused kernel trains at a quarter of this formula's speed
+    # on a CPU in bf16 the fused kernel's gradient takes four times as long as this formula's
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -383,9 +384,17 @@ def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
     scores = torch.where(seen, penalised, scores)
     if temperature < 1e-6:
         return scores.argmax(-1)
-    probability, order = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
-    probability[probability.cumsum(-1) - probability >= top_p] = 0  # what is likelier already makes up top_p
-    return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
+    probability, k = (scores / temperature).softmax(-1), 256
+    while True:  # as a sort of the whole vocabulary takes longer than the network
+        likeliest, order = probability.topk(min(k, scores.shape[-1]))
+        total = likeliest.cumsum(-1)
+        if k >= scores.shape[-1] or total[:, -1].min() >= top_p:
+            break
+        k *= 8
+    # of the tokens kept, what is likelier than each does not make up top_p
+    kept = total.where(total - likeliest < top_p, 0.0).amax(-1, keepdim=True)
+    point = kept * torch.rand(kept.shape, generator=generator, device=kept.device)
+    return order.gather(1, torch.searchsorted(total, point)).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -507,7 +516,7 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
-            scores = self.forward(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
+            scores = self(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
             token = pick(scores, seen, temperature, top_p, repetition_penalty, generator)
             if stop is not None:
                 token = torch.where(done, stop, token)
@@ -785,10 +794,11 @@ class DGLM:
         for text, proposal in model.generate(["Last week we met."], guide="negative", num_samples=3):
             print(text)
 
-    Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
+    compile: by torch.compile, both networks that work in loops. Raises InputError where a part is missing,
+    damaged, or belongs to other data than the rest.
     """
 
-    def __init__(self, folder, device="auto"):
+    def __init__(self, folder, device="auto", compile=False):
         self.device = pick_device(device)
         decoder_meta, self.decoder = load_decoder(folder, self.device)
         diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
@@ -798,6 +808,14 @@ class DGLM:
         network = DiffusionTransformer(**diffusion_meta["network"])
         self.diffusion = network.to(self.device).requires_grad_(False)
         load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
+        dtype = precision(self.device)
+        self.decoder.gpt.to(dtype)  # a token costs what reading the weights does
+        for module in self.diffusion.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)  # as autocast would, in every pass
+        if compile:
+            self.diffusion.compile()
+            self.decoder.gpt.compile(dynamic=True)
 
         ranks_path = f"{folder}/tokenizer.tiktoken"
         self.tokenizer = make_tokenizer(read_ranks(ranks_path))

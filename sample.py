@@ -24,7 +24,7 @@ guide = "none"  # none, or classes of the probes: negative (with its probe's wei
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # of each text
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
-steps = 10  # of the diffusion; the paper: 250
+steps = 5  # of the diffusion: 5 for one guide, 10 for several or a hard one; the paper: 250
 sampler = "dpm++"  # dpm++, ddim or ddpm; the paper: ddpm
 cfg_scale = 2.5  # classifier-free guidance: above 1 follows the prefix more closely; the paper's control: 1
 sigma2 = 0.05  # noise on the proposal: 0 obeys it, 1 ignores it
@@ -34,6 +34,7 @@ repetition_penalty = 1.1  # above 1 avoids tokens already there; the paper: 1.2
 batch_size = 64  # texts at a time
 out = ""  # a JSON-lines file for the texts and what the probes say of them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
+compile = False  # torch.compile: a minute first, then faster; for many texts on a GPU
 seed = 1337  # fixes everything
 
 
@@ -50,7 +51,7 @@ def main(settings):
     prefixes = read_lines(prefix[5:]) if prefix.startswith("FILE:") else [prefix]
     prefixes = [p.encode("utf-8", "replace").decode().rstrip() for p in prefixes]
     folder = out_dir or newest_model()
-    model = DGLM(folder, device)
+    model = DGLM(folder, device, compile)
     print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)
     options = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale, "sigma2": sigma2, "top_p": top_p}
     options |= {"temperature": temperature, "repetition_penalty": repetition_penalty}

@@ -37,7 +37,7 @@ train_diffusion = {
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,profanity",
-    "num_texts": 500,
+    "num_texts": 256,
     "prefix_tokens": 20,
     "prompts": "The movie was|This film is about|I watched it with|The story|The director|Last night we"
     "|The acting in this|When I first heard about|The main character|In the beginning,|My friends and I"
@@ -45,13 +45,13 @@ eval = {
     "|I thought",
     "num_samples": 5,
     "control_tokens": 32,
-    "attributes": "negative,positive,nontoxic",
-    "weights": "0,5,10,20,30,50,100",
+    "attributes": "negative,positive,toxic,nontoxic",
+    "weights": "10,20,40,80,160",
     "pairs": "negative+nontoxic,positive+nontoxic",
-    "lengths": "8,16,32,64",
-    "samplers": "ddpm 250,dpm++ 50,dpm++ 20,dpm++ 10,dpm++ 5",
+    "lengths": "8,16,32,60",
+    "samplers": "ddpm 250,dpm++ 50,dpm++ 20,dpm++ 10,dpm++ 8,dpm++ 6,dpm++ 5,dpm++ 4",
     "seeds": 3,
-    "steps": 10,
+    "steps": 5,
     "sampler": "dpm++",
     "cfg_scale": 2.5,
     "temperature": 0.7,

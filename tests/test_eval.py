@@ -27,11 +27,12 @@ num_texts = 24
 prefix_tokens = 10
 new_tokens = 12
 cfg_scales = "1,3"
+plain_temperatures = "1"
 noise_levels = "0,1"
 prompts = "On Friday a friend and I made a plan.|In March my sister and I met again."
 num_samples = 4
 attributes = "negative,sports"
-weights = "0,20"
+weights = "20"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
@@ -173,7 +174,7 @@ def test_every_task_writes_its_table_and_its_raw_numbers(evaluated):
         assert not (project / f"results/{name}.partial.jsonl").exists()
     assert set(read(project, "generation")[1]) == {
         "reference",
-        "plain decoder",
+        "plain decoder, temperature 1",
         "true embedding",
         "w 1",
         "w 3",

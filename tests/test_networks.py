@@ -75,6 +75,16 @@ def test_top_p_keeps_the_smallest_set_with_that_probability(pair):
     assert (drawn == 0).float().mean().item() == pytest.approx(0.5 / 0.8, abs=0.04)
 
 
+def test_top_p_of_even_scores_keeps_many_tokens():
+    """900 of 1000, all alike likely; the penalty on the first, already seen, moves it out of them."""
+    scores = (5 - 1e-4 * torch.arange(1000)).repeat(4000, 1)
+    seen = torch.zeros(4000, 1000, dtype=torch.bool)
+    seen[:, 0] = True
+    drawn = pick(scores, seen, 1.0, 0.9, 1.1, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 1 and 880 < drawn.max() <= 930
+    assert drawn.float().mean().item() == pytest.approx(450, rel=0.04)
+
+
 def test_a_prefix_too_long_is_refused(pair):
     with pytest.raises(InputError, match="too long"):
         pair[1].generate([[1] * 60], 10)
