@@ -445,7 +445,7 @@ def table(book, rows, chunks, measure):
 
 
 def show(rows):
-    """Prints the rows of `table` as Markdown: a new table where a row has no figure of those before."""
+    """Prints the rows of `table` as Markdown: a new table where a row has no figure of the first."""
     apart = next((i for i, row in enumerate(rows) if len(row.keys() & rows[0].keys()) == 1), len(rows))
     names = list(dict.fromkeys(name for row in rows[:apart] for name in row))[1:]
     names = [name for name in names if name != "empty" or any(row.get(name, [0])[0] for row in rows)]
@@ -703,7 +703,8 @@ def runtime(bench, book):
             generate = model.decoder.gpt.generate
             _, out["decode"] = seconds(generate, [tokens] * batch, count, soft, generator=rng, **decoding())
             ids, options = torch.tensor([tokens] * batch, device=model.device), {**decoding(), "top_k": 0}
-            options |= {"attention_mask": torch.ones_like(ids), "do_sample": True}
+            options |= {"attention_mask": torch.ones_like(ids), "do_sample": temperature > 0}
+            options["temperature"] = temperature or 1.0  # it refuses 0, which means the likeliest here
             _, out["transformers"] = seconds(twin.generate, ids, max_new_tokens=count, **options)
         return {name: [value / batch] for name, value in out.items()}
 
@@ -739,7 +740,7 @@ PANELS = {  # the x axis of a task's plot, and the figures that are drawn
     "generation": ("w", "corpus|Div|MAUVE|Frechet"),  # Div against perplexity, not w
     "noise": ("sigma^2", "corpus|Div|similarity|MAUVE"),
     "control": ("guidance weight", "corpus|share"),
-    "compose": ("", "first|second|both"),
+    "compose": ("", "(first|second|both)$"),
     "runtime": ("tokens", "relative|guided /"),
 }
 

@@ -384,7 +384,7 @@ def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
     scores = torch.where(seen, penalised, scores)
     if temperature < 1e-6:
         return scores.argmax(-1)
-    probability, k = (scores / temperature).softmax(-1), 256
+    probability, k = (scores / temperature).softmax(-1), 256 if top_p < 1 else scores.shape[-1]
     while True:  # as a sort of the whole vocabulary takes longer than the network
         likeliest, order = probability.topk(min(k, scores.shape[-1]))
         total = likeliest.cumsum(-1)
@@ -393,6 +393,7 @@ def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
         k *= 8
     # of the tokens kept, what is likelier than each does not make up top_p
     kept = total.where(total - likeliest < top_p, 0.0).amax(-1, keepdim=True)
+    check(kept.isfinite().all(), "the decoder's scores are not finite: try another --device")
     point = kept * torch.rand(kept.shape, generator=generator, device=kept.device)
     return order.gather(1, torch.searchsorted(total, point)).squeeze(1)
 
