@@ -563,10 +563,10 @@ def continuations(bench, book, settings):
         chunk = slice(start, start + batch_size)
         return bench.assess(prefixes[chunk], truths[chunk], true[chunk])
 
-    def told(cfg_scale, noise, heat, r, chunk):
+    def told(cfg_scale, noise, temperature, r, chunk):
         proposals = true[chunk] if cfg_scale is None else proposed(r, chunk.start, cfg_scale)
         rng = bench.random(r, chunk.start, 1)
-        written = bench.write(prefixes[chunk], proposals, new_tokens, rng, noise, temperature=heat)
+        written = bench.write(prefixes[chunk], proposals, new_tokens, rng, noise, temperature=temperature)
         return bench.assess(prefixes[chunk], written, proposals)
 
     def measure(name, cells, r):
@@ -590,9 +590,8 @@ def continuations(bench, book, settings):
 
 def generation(bench, book):
     """Table 1: continuations of held-out text, by the scale w of classifier-free guidance."""
-    settings = {
-        f"plain decoder, temperature {heat:g}": (None, 1.0, heat) for heat in numbers(plain_temperatures)
-    }
+    plain = numbers(plain_temperatures)
+    settings = {f"plain decoder, temperature {t:g}": (None, 1.0, t) for t in plain}
     settings["true embedding"] = (None, sigma2, temperature)
     settings |= {f"w {w:g}": (w, sigma2, temperature) for w in numbers(cfg_scales)}
     return continuations(bench, book, settings)
@@ -833,8 +832,8 @@ def main(settings):
         check_sampling(count, solver)
     for noise_level in [sigma2, *numbers(noise_levels)]:
         check_decoding(noise_level, **decoding())
-    for heat in numbers(plain_temperatures):
-        check_decoding(temperature=heat)
+    for t in numbers(plain_temperatures):
+        check_decoding(temperature=t)
     check(min(numbers(weights)) >= 0, f"--weights {weights}: must be 0 or more")
     check(min(numbers(lengths) + numbers(batch_sizes)) >= 1, "--lengths, --batch_sizes: must be 1 or more")
     numbers(cfg_scales)  # says it now where they are none
