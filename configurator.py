@@ -241,10 +241,14 @@ def read_json(path):
         raise InputError(f"cannot read {path}: {e}") from None
 
 
+def json_hash(value):
+    """The SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def write_json(path, value):
     """Writes a dictionary with a hash of itself."""
-    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    write_file(path, json.dumps(value | {"sha256": digest}, indent=1) + "\n")
+    write_file(path, json.dumps(value | {"sha256": json_hash(value)}, indent=1) + "\n")
 
 
 def read_own_json(path, version):
@@ -252,8 +256,7 @@ def read_own_json(path, version):
     value = read_json(path)
     found = value.get("format") if isinstance(value, dict) else None
     check(found == version, f"{path} has format {found}, this version reads {version}: make it again")
-    digest = value.pop("sha256", None)
-    whole = digest == hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    whole = value.pop("sha256", None) == json_hash(value)
     check(whole, f"{path} is damaged, or was edited: it is not what was written")
     return value
 
@@ -431,7 +434,8 @@ class Data:
                 f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
             )
         self.meta = read_own_json(f"{self.folder}/meta.json", DATA_FORMAT)
-        for path, digest in self.meta["sha256 of"].items():
+        options = {"desc": f"check {self.folder}", "leave": False, "delay": 2, "disable": RANK > 0}
+        for path, digest in tqdm(self.meta["sha256 of"].items(), **options):
             damaged = f"{self.folder}/{path} is missing or damaged: remove the folder and prepare it again"
             check(
                 os.path.exists(f"{self.folder}/{path}") and sha256(f"{self.folder}/{path}") == digest, damaged
@@ -599,12 +603,14 @@ def generator_at(device, *numbers):
     return torch.Generator(device).manual_seed(seed)
 
 
-def train(name, folder, settings, data, module, network, extra, weights, loss, evaluate, after_step=None):
+def train(
+    name, folder, settings, data, columns, module, network, extra, weights, loss, evaluate, after_step=None
+):
     """The training loop of both stages, with checkpoints that resume exactly.
 
     name: of the checkpoint, `decoder` or `diffusion`. settings: those of the script. network: what rebuilds
     the module, saved with it. extra: {name: tensor} of what changes beside module and optimizer (averages,
-    bins). weights(): the tensors to export. loss(net, index, generator): of these rows of the training data,
+    bins). weights(): the tensors to export. loss(net, rows, generator): of these rows of the data's columns,
     to go down and to be shown, each a mean over the rows; net is the module, or DistributedDataParallel of
     it. evaluate(): {name: number}, of which "loss" picks the checkpoint whose weights are kept.
     after_step(step): called after each optimizer step.
@@ -640,15 +646,19 @@ def train(name, folder, settings, data, module, network, extra, weights, loss, e
         f"batch_size={s['batch_size']}: must divide by {PROCESSES} processes",
     )
 
-    def forward(net, i):
+    def read(i):
         """Of micro-batch i, this process's share."""
         index = share(np.sort(batch_index(n, s["batch_size"], i, seed)))
-        with autocast(device):
-            return loss(net, index, generator_at(device, seed, 0, i))
+        return data.rows("train", index, columns, device)
 
+    def forward(net, i, rows):
+        with autocast(device):
+            return loss(net, rows, generator_at(device, seed, 0, i))
+
+    rows = read(start * micro)
     before = {key: tensor.clone() for key, tensor in extra.items()}
     with FlopCounterMode(display=False) as flops:  # on a trial run, of which nothing stays
-        forward(module, start * micro)[0].backward()
+        forward(module, start * micro, rows)[0].backward()
     module.zero_grad(set_to_none=True)
     for key, tensor in extra.items():
         tensor.copy_(before[key])
@@ -662,12 +672,14 @@ def train(name, folder, settings, data, module, network, extra, weights, loss, e
 
     def backward(step):
         """Adds up the gradients of a step -> its loss."""
+        nonlocal rows
         losses = []
         for i in range(step * micro, (step + 1) * micro):
             last = i == (step + 1) * micro - 1
             with nullcontext() if last or net is module else net.no_sync():
-                value, shown = forward(net, i)
+                value, shown = forward(net, i, rows)
                 scaler.scale(value / micro).backward()
+            rows = read(i + 1)  # while a GPU is at work
             losses.append(shown.detach())
         return torch.stack(losses).mean()
 

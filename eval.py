@@ -58,13 +58,15 @@ from configurator import (
     check,
     generator_at,
     hub_file,
+    json_hash,
     newest_model,
-    read_json,
     read_json_lines,
     read_lines,
+    read_own_json,
     run,
     sha256,
     write_file,
+    write_json,
 )
 from model import DGLM, check_decoding, check_sampling, parse_guide
 
@@ -108,6 +110,7 @@ batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first
 
+RESULTS_FORMAT = 2
 TOXICITY = "s-nlp/roberta_toxicity_classifier"  # without a key of Perspective
 PERSPECTIVE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 OPPOSITE = {"negative": "positive", "positive": "negative", "toxic": "nontoxic", "nontoxic": "toxic"}
@@ -352,26 +355,27 @@ class Book:
     def __init__(self, name, settings, made_from):
         self.path, self.partial = f"{results}/{name}.json", f"{results}/{name}.partial.jsonl"
         choice = {k: v for k, v in settings.items() if k not in ("task", "results", "device")}
-        self.head = {"task": name, "configuration": choice, "made_from": made_from}
+        self.head = {"format": RESULTS_FORMAT, "task": name, "configuration": choice, "made_from": made_from}
         self.cells, self.whole = {}, None
         if os.path.exists(self.path):
-            self.whole = read_json(self.path)
+            self.whole = read_own_json(self.path, RESULTS_FORMAT)
             self.check_head(self.whole, self.path)
         elif os.path.exists(self.partial):
             with open(self.partial, "rb+") as f:
                 lines = [line for line in f.read().splitlines(keepends=True) if line.endswith(b"\n")]
                 f.truncate(sum(map(len, lines)))  # what a kill tore goes
             try:
-                head, *cells = map(json.loads, lines)
-                self.check_head(head, self.partial)
-                self.cells = dict(cells)
+                values, digests = zip(*map(json.loads, lines))
             except (ValueError, TypeError):
-                raise InputError(f"{self.partial} is damaged: remove it") from None
+                values, digests = [None], []
+            whole = list(map(json_hash, values)) == list(digests)
+            check(whole, f"{self.partial} is damaged: remove it")
+            self.check_head(values[0], self.partial)
+            self.cells = dict(values[1:])
 
     def check_head(self, found, path):
-        made = found.get("configuration", {}) if isinstance(found, dict) else {}
-        changed = [k for k, v in self.head["configuration"].items() if made.get(k) != v]
-        changed += ["files or judges"] * (found.get("made_from") != self.head["made_from"])
+        changed = [k for k, v in self.head["configuration"].items() if found["configuration"].get(k) != v]
+        changed += ["files or judges"] * (found["made_from"] != self.head["made_from"])
         hint = "remove it, or give another --results"
         check(not changed, f"{path} was made with other {', '.join(changed)}: {hint}")
 
@@ -379,13 +383,14 @@ class Book:
         """{key: function} -> {key: the columns that it gives}, each computed once and made safe on disk."""
         if not self.cells:
             os.makedirs(results, exist_ok=True)
-            write_file(self.partial, json.dumps(self.head) + "\n")
+            write_file(self.partial, json.dumps([self.head, json_hash(self.head)]) + "\n")
         done = sum(key in self.cells for key in jobs)
         with tqdm(total=len(jobs), initial=done, desc=self.head["task"], unit=" cells") as bar:
             for key in (key for key in jobs if key not in self.cells):
                 self.cells[key] = jobs[key]()
                 with open(self.partial, "a", encoding="utf-8") as f:
-                    f.write(json.dumps([key, self.cells[key]]) + "\n")
+                    cell = [key, self.cells[key]]
+                    f.write(json.dumps([cell, json_hash(cell)]) + "\n")
                     f.flush()
                     os.fsync(f.fileno())
                 bar.update()
@@ -400,7 +405,7 @@ class Book:
         versions = {"python": platform.python_version()}
         versions |= {package: importlib.metadata.version(package) for package in packages}
         self.whole = self.head | {"versions": versions, "table": rows, "cells": cells}
-        write_file(self.path, json.dumps(self.whole) + "\n")
+        write_json(self.path, self.whole)
         os.remove(self.partial)
 
 

@@ -506,7 +506,7 @@ def write_part(folder, choice, place):
                         progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
                         progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
             write_json(path, progress)
-            bar.set_postfix(windows=sum(progress["N"].values()))
+            bar.set_postfix(windows=f"{sum(progress['N'].values()):,}")
     for split in arrays:
         arrays[split].cut_to(progress["N"][split])
     return progress
@@ -524,7 +524,7 @@ def join_parts(folder):
     for split, rows in whole["N"].items():
         arrays = Arrays(f"{folder}/{split}", len(whole["sum"]))
         arrays.cut_to(0)
-        for part in parts:
+        for part in tqdm(parts, desc=f"join {folder}/{split}", leave=False, delay=2):
             columns = {name: np.load(f"{part}/{split}/{name}.npy", mmap_mode="r") for name in arrays.kinds}
             for at in range(0, len(columns["length"]), SHARD):
                 arrays.append({name: column[at : at + SHARD] for name, column in columns.items()})
@@ -548,7 +548,8 @@ def finish(folder, progress):
     meta |= {"block_size": block_size, "E": len(mean), "N": n, "documents": done}
     meta |= {"mean": mean.tolist(), "std": std.tolist(), "settings": progress["settings"]}
     arrays = [f"{split}/{name}.npy" for split in n for name in COLUMNS]
-    meta["sha256 of"] = {path: sha256(f"{folder}/{path}") for path in ["tokenizer.tiktoken", *arrays]}
+    files = tqdm(["tokenizer.tiktoken", *arrays], desc=f"hash {folder}", leave=False, delay=2)
+    meta["sha256 of"] = {path: sha256(f"{folder}/{path}") for path in files}
     if dataset == "toy":
         write_toy_files(folder, seed)
     write_json(f"{folder}/meta.json", meta)

@@ -94,11 +94,11 @@ def main(settings):
     print(f"decoder {counts[0]:.1f} M weights, prompt generator {counts[1]:.1f} M, on {place}")
     print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
-    def loss(net, index, rng):
-        tokens, length, split, x = data.rows("train", index, READ, place)
-        rows = len(x) * PROCESSES  # all processes draw alike, and each keeps its share
-        log_snr = cosine_log_snr(share(torch.rand(rows, generator=rng, device=place)), noise_scale)
-        z = diffuse(x, share(torch.randn((rows, E), generator=rng, device=place)), log_snr)
+    def loss(net, rows, rng):
+        tokens, length, split, x = rows
+        n = len(x) * PROCESSES  # all processes draw alike, and each keeps its share
+        log_snr = cosine_log_snr(share(torch.rand(n, generator=rng, device=place)), noise_scale)
+        z = diffuse(x, share(torch.randn((n, E), generator=rng, device=place)), log_snr)
         value = net(tokens, length, split, z, log_snr.sigmoid())
         if PROCESSES > 1:  # a mean over tokens, of which the processes do not have equally many
             count = (length - (split > 0).long()).sum()
@@ -138,7 +138,7 @@ def main(settings):
         write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
         return decoder.state_dict()
 
-    train("decoder", folder, settings, data, decoder, network, {}, weights, loss, evaluate)
+    train("decoder", folder, settings, data, READ, decoder, network, {}, weights, loss, evaluate)
 
 
 if __name__ == "__main__":

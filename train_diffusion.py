@@ -70,6 +70,7 @@ compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
+READ = ("cont_emb", "prefix_emb", "split")
 NOISE_LEVELS = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # log-SNR of the validation
 
 
@@ -93,8 +94,8 @@ def main(settings):
         check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: change --out_dir")
     tokenizer = make_tokenizer(data.ranks())
 
-    def loss(net, index, rng):
-        x, x_pref, split = data.rows("train", index, ("cont_emb", "prefix_emb", "split"), place)
+    def loss(net, rows, rng):
+        x, x_pref, split = rows
         hidden = torch.rand(len(x) * PROCESSES, generator=rng, device=place) < null_probability
         return diffusion_loss(net, x, x_pref, (split == 0) | share(hidden), noise, rng)
 
@@ -104,7 +105,7 @@ def main(settings):
         rows = np.arange(min(eval_rows, data.size("val")))
         totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
         for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            x, x_pref, split = data.rows("val", index, ("cont_emb", "prefix_emb", "split"), place)
+            x, x_pref, split = data.rows("val", index, READ, place)
             eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
             for level in totals:
                 even = (torch.arange(len(x), device=place) + 0.5) / len(x) * 30 - 15
@@ -116,8 +117,7 @@ def main(settings):
                 totals[level] += (weight * error).mean().item() * len(index) / len(rows)
 
         index = rows[: max(2, len(rows) // 8)]
-        names = ("cont_emb", "prefix_emb", "split", "tokens")
-        x, x_pref, split, tokens = data.rows("val", index, names, place)
+        x, x_pref, split, tokens = data.rows("val", index, (*READ, "tokens"), place)
         options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed, 2)}
         proposed = sample(ema, x_pref, split == 0, **options)
         std, mean = data.std.to(place), data.mean.to(place)
@@ -136,7 +136,8 @@ def main(settings):
         update_ema(ema, model, step, ema_decay)
 
     live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
-    train("diffusion", folder, settings, data, model, network, live, ema.state_dict, loss, evaluate, average)
+    weights = ema.state_dict
+    train("diffusion", folder, settings, data, READ, model, network, live, weights, loss, evaluate, average)
 
 
 if __name__ == "__main__":

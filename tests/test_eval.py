@@ -192,15 +192,22 @@ def test_the_tables_tell_what_the_method_promises(evaluated):
     assert noise["sigma2 0"]["similarity"][0] > noise["sigma2 1"]["similarity"][0]
 
 
-def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated):
+def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated, capsys, monkeypatch):
     project, _ = evaluated
     command = "eval.py config/small.py --task control --out_dir out/toy --results killed"
     partial = project / "killed/control.partial.jsonl"
     kill_when(command.split(), project, lambda: partial.exists() and partial.read_bytes().count(b"\n") > 4)
-    with open(partial, "ab") as f:
-        f.write(b'["torn')
+    whole = partial.read_bytes()
+    partial.write_bytes(whole.replace(b"0.1", b"0.2", 1))
+    status, line = call(project, command, capsys, monkeypatch)
+    assert status == 2 and "control.partial.jsonl is damaged" in line
+    partial.write_bytes(whole + b'["torn')
     python(command, project)
-    assert (project / "killed/control.json").read_bytes() == (project / "results/control.json").read_bytes()
+    path, whole = project / "killed/control.json", (project / "results/control.json").read_bytes()
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"0.1", b"0.2", 1))
+    status, line = call(project, command, capsys, monkeypatch)
+    assert status == 2 and "control.json is damaged" in line
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ COMMANDS = {
     "prepare.py config/toy.py --max_documents=400": "data/toy",
     f"train_decoder.py {SHORT}": "out/new",
     f"train_diffusion.py {SHORT}": "out/new",
-    "eval.py config/small.py --task control --out_dir=out/toy --results=new": "new/control.json",
+    "eval.py config/small.py --task control --out_dir=out/toy --results=new": "new",
 }
 
 
-def digest(path):
-    """{path: SHA-256} of a file, or of all files below a folder."""
-    files = [f for f in (path, *glob.glob(f"{path}/**", recursive=True)) if os.path.isfile(f)]
-    return {os.path.relpath(f, path): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
+def digest(folder):
+    """{path: SHA-256} of all files below a folder."""
+    files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
+    return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[0] for command in COMMANDS])
@@ -46,13 +46,17 @@ def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp
             (folder / "prepare.py").write_text(source.replace("SHARD = 4096", "SHARD = 64"))
     begin = time.perf_counter()
     python(command, folders[0])
-    duration = time.perf_counter() - begin
-    for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, *command.split()], cwd=folders[1], stderr=subprocess.DEVNULL
-        )
-        time.sleep(moments.uniform(0, duration))
-        process.kill()
-        process.wait()
+    duration, whole = time.perf_counter() - begin, digest(folders[0] / result)
+    options = {"cwd": folders[1], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    while kills:
+        process = subprocess.Popen([sys.executable, *command.split()], **options)
+        try:
+            process.wait(moments.uniform(0, duration))
+            assert digest(folders[1] / result) == whole  # it came to its end first: once more, from nothing
+            shutil.rmtree(folders[1] / result)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills -= 1
     python(command, folders[1])
-    assert digest(folders[0] / result) == digest(folders[1] / result)
+    assert digest(folders[1] / result) == whole
