@@ -645,12 +645,9 @@ def sample(
     without a prefix. guides: pairs (log_prob, weight), where log_prob takes points (..., E) to log p(y |
     point) (...); the score gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. sampler:
     ddpm, ddim or dpm++ (DPM-Solver++ 2M). points: Monte Carlo points a guide. progress: wraps the steps
-    (tqdm). The first step is not guided: at log_snr -15 z_t holds nothing of x that a probe could read, and
-    of five steps it would cost a fifth of the gradients. Raises InputError for an unknown sampler, or a guide
-    of a single step.
+    (tqdm). Raises InputError for an unknown sampler.
     """
     check_sampling(steps, sampler)
-    check(steps > 1 or not guides, "steps=1: guides act from the second step on")
     B, E = x_pref.shape
     if absent is None:
         absent = torch.zeros(B, dtype=torch.bool, device=x_pref.device)
@@ -660,8 +657,7 @@ def sample(
     last_x = last_step = None
     for i in progress(range(steps)):
         log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
-        acting = guides if i > 0 else ()
-        x, eps = predict(denoiser, z, log_snr, x_pref, absent, cfg_scale, acting, points, generator)
+        x, eps = predict(denoiser, z, log_snr, x_pref, absent, cfg_scale, guides, points, generator)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
         step = levels[i + 1] - levels[i]  # in log_snr, above 0
         if i == steps - 1:

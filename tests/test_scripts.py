@@ -180,7 +180,6 @@ BAD = [
     ("sample.py --num_sample=3", "did you mean num_samples?"),
     ("sample.py --steps=many", "steps must be a whole number"),
     ("sample.py --steps=0", "steps=0"),
-    ("sample.py --steps=1 --guide=negative", "guides act from the second step on"),
     ("sample.py --sampler=euler", "unknown sampler"),
     ("sample.py --guide=sad", "no probe has a class 'sad'"),
     ("sample.py --out_dir=nowhere", "nowhere/decoder.json is missing"),
