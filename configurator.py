@@ -460,7 +460,7 @@ class Data:
         return len(self.splits[split]["length"])
 
     def rows(self, split, index, names, device="cpu"):
-        """Rows `index` of the named arrays, as tensors: tokens cut to the longest, embeddings in fp32,
+        """Rows `index` of the named arrays, as tensors: tokens cut to the longest row's, embeddings in fp32,
         standardised.
         """
         index, out = np.sort(index), []  # in the order of the file
@@ -469,12 +469,12 @@ class Data:
                 self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64)
             )
             if name == "tokens":
-                x = x[:, : self.splits[split]["length"][index].max()]
-            if device != "cpu":
-                x = x.pin_memory().to(device, non_blocking=True)
+                longest = self.splits[split]["length"][index].max()
+                x = x[:, : -(-longest // 8) * 8]  # in eights: torch.compile is for few lengths
             if "emb" in name:
-                x = (x - self.mean.to(x.device)) / self.std.to(x.device)
-            out.append(x)
+                x = (x - self.mean) / self.std
+            cuda = device.startswith("cuda")
+            out.append(x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device))
         return out
 
 
@@ -489,6 +489,8 @@ def join_processes(device):
     """Meets the other processes of torchrun, if there are any."""
     if PROCESSES > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # for the slowest part
 
 
@@ -511,8 +513,10 @@ def summed(x):
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
-    if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # of torchrun, each process its own
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         kind = torch.zeros(1, device=name).device.type
     except (RuntimeError, AssertionError) as e:
@@ -747,6 +751,8 @@ def train(
             if stop and step + 1 < s["max_iters"]:
                 if not due and RANK == 0:
                     save(step + 1, None if history else weights())
+                if PROCESSES > 1:
+                    torch.distributed.barrier()  # or torchrun would end the one that saves
                 raise KeyboardInterrupt(f"interrupted; saved at step {step + 1}")
 
 

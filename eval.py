@@ -687,7 +687,7 @@ def runtime(bench, book):
         begin = time.perf_counter()
         out = f(*args, **kwargs)
         if model.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(model.device)
         return out, time.perf_counter() - begin
 
     def propose(lines, *args, **kwargs):

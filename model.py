@@ -25,6 +25,7 @@ import importlib.util
 import math
 import os
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -178,6 +179,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, alpha2):
         angle = 1000 * alpha2[:, None] * self.frequency
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
+
+
+torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan, slowly, for each new length of a text
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -339,7 +343,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = h.shape
         q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in self.c_attn(h).chunk(3, dim=-1))
         if kv is not None:  # kv (2, B, n_head, longest, head): write the new columns, read all up to `end`
-            kv[0, :, :, end - T : end], kv[1, :, :, end - T : end] = k, v
+            kv[:, :, :, end - T : end] = torch.stack((k, v))  # in one, or torch.compile copies the cache
             k, v = kv[:, :, :, :end]
         y = attend(q, k, v, mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -392,7 +396,7 @@ def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
             break
         k *= 8
     # of the tokens kept, what is likelier than each does not make up top_p
-    kept = total.where(total - likeliest < top_p, 0.0).amax(-1, keepdim=True)
+    kept = total.masked_fill(total - likeliest >= top_p, 0.0).amax(-1, keepdim=True)
     check(kept.isfinite().all(), "the decoder's scores are not finite: try another --device")
     point = kept * torch.rand(kept.shape, generator=generator, device=kept.device)
     return order.gather(1, torch.searchsorted(total, point)).squeeze(1)
@@ -451,9 +455,9 @@ class GPT(nn.Module):
     def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
-        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: (n_layer,
-        2, B, n_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool, where logits
-        are wanted; they come as (n, vocab_size).
+        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: for each
+        layer (2, B, n_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool, where
+        logits are wanted; they come as (n, vocab_size).
         """
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
@@ -510,8 +514,8 @@ class GPT(nn.Module):
         here = column[: T + K]
         mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
         mask |= here == here[:, None]  # padding sees itself, lest it be NaN
-        n_layer, n_head = self.config.n_layer, self.config.n_head
-        cache = h.new_empty(n_layer, 2, B, n_head, longest, self.config.n_embd // n_head)
+        n_head = self.config.n_head
+        cache = [h.new_empty(2, B, n_head, longest, h.shape[-1] // n_head) for _ in self.h]
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -769,7 +773,7 @@ def load_encoder(name, device="cpu"):
         model = SentenceTransformer(path, device=str(device)).eval()
     except Exception as e:
         raise InputError(f"cannot load the encoder {name}: {e or type(e).__name__}") from None
-    context = autocast(device)
+    context = autocast(device) if precision(device) == torch.bfloat16 else nullcontext()  # fp16 is not for T5
 
     def encode(texts):
         with context:

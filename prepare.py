@@ -433,6 +433,7 @@ def embed(batch, bpe, encode, E):
     texts = [bpe.decode(w[:s]).strip() for w, s in batch if s]
     texts += [bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)]
     embedded = encode(texts).astype(np.float16)
+    check(np.isfinite(embedded).all(), f"the encoder {encoder} gave numbers that are not finite on {device}")
     prefix_emb = np.zeros((len(batch), E), dtype=np.float16)
     prefix_emb[split > 0], cont_emb = embedded[: -len(batch)], embedded[-len(batch) :]
     return {

@@ -1,5 +1,7 @@
 """The networks. Run: python -m pytest tests/test_networks.py"""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -83,6 +85,13 @@ def test_top_p_of_even_scores_keeps_many_tokens():
     drawn = pick(scores, seen, 1.0, 0.9, 1.1, torch.Generator().manual_seed(0))
     assert drawn.min() >= 1 and 880 < drawn.max() <= 930
     assert drawn.float().mean().item() == pytest.approx(450, rel=0.04)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused(score):
+    scores, seen = torch.full((2, 1000), score), torch.zeros(2, 1000, dtype=torch.bool)
+    with pytest.raises(InputError, match="not finite"):
+        pick(scores, seen, 1.0, 0.9, 1.0, torch.Generator())
 
 
 def test_a_prefix_too_long_is_refused(pair):
