@@ -148,10 +148,11 @@ def parse_arguments(arguments, script, settings):
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            width = max(len(f"{k}={d[0]!r}") for k, d in settings.items())
             print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
             for key, (default, comment) in settings.items():
-                print(f"  --{f'{key}={default!r}':{width}}  {comment}")
+                option = f"--{key}={default!r}"
+                gap = "\n" + " " * 36 if len(option) > 32 else " " * (34 - len(option))
+                print(f"  {option}{gap}{comment}")
             raise SystemExit(0)
         if not argument.startswith("--"):
             values |= read_config(argument, script, settings)
@@ -200,7 +201,7 @@ def run(main, variables, arguments=None):
     except KeyboardInterrupt as e:
         resumes = script not in ("probes", "sample")
         hint = "; the same command continues from what was saved last" if resumes else ""
-        fail(script, f"{e or 'interrupted'}{hint}", 130)
+        fail(script, f"{str(e) or 'interrupted'}{hint}", 130)
 
 
 def fail(script, message, status):
@@ -224,6 +225,9 @@ def write_file(path, content):
                 f.write(content.encode() if isinstance(content, str) else content)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read
         os.replace(temporary, path)
     except Exception as e:  # safetensors raises its own kind on a full disk
         if os.path.exists(temporary):
@@ -401,7 +405,7 @@ def newest_model():
     trained = [folder for folder in folders if os.path.exists(f"{folder}/diffusion.json")]
     if trained:
         return max(trained, key=lambda folder: os.path.getmtime(f"{folder}/decoder.json"))
-    box = "pretrained/reviews"
+    box = os.path.relpath(f"{os.path.dirname(os.path.abspath(__file__))}/pretrained/reviews")
     check(
         os.path.exists(f"{box}/decoder.json"),
         "there is no trained model in out/ yet: see the README, or give --out_dir",
@@ -643,6 +647,7 @@ def train(
     start, history = meta["step"], meta["history"]
     if start >= s["max_iters"]:
         return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
+    os.makedirs(folder, exist_ok=True)  # says now where it cannot
     join_processes(device)
     n, micro, seed = data.size("train"), s["gradient_accumulation"], s["seed"]
     check(
@@ -722,8 +727,9 @@ def train(
             bar.update()
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
             stop = bool(interrupted)
-            if PROCESSES > 1:  # all stop together
-                stop = summed(torch.tensor(float(stop), device=device)).item() > 0
+            if PROCESSES > 1:  # all stop together; to ask costs a wait
+                asked = due or (step + 1) % 10 == 0
+                stop = asked and summed(torch.tensor(float(stop), device=device)).item() > 0
             if len(recent) == 10 or due or stop:
                 losses = summed(torch.stack(recent)).div(PROCESSES).tolist()
                 for at, number in enumerate(losses, step + 1 - len(recent)):

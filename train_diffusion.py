@@ -92,6 +92,8 @@ def main(settings):
         meta, decoder = load_decoder(folder, place)
         same = meta["data"] == data.identity()
         check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: change --out_dir")
+    else:
+        print(f"{folder} has no decoder yet: no samples in words on the way")
     tokenizer = make_tokenizer(data.ranks())
 
     def loss(net, rows, rng):

@@ -223,7 +223,9 @@ def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated, capsys, monk
         ("--task compose --pairs negative --results r", "must be two classes"),
         ("--task runtime --samplers ddpm --results r", "names with their steps"),
         ("--task noise --judge_lm config --results r", "cannot load config"),
+        ("--task control --judges vaderr --results r", "did you mean vader?"),
         ("--task noise --texts nowhere.jsonl --results r", "nowhere.jsonl"),
+        ("--task noise --num_texts 4 --results r", "num_texts=4: must be at least 20"),
         ("--task noise --new_tokens 900 --results r", "only 0 held-out texts"),
     ],
 )

@@ -211,9 +211,11 @@ BAD = [
     ("probes.py --data=no_label.jsonl", 'row 1: no field "label"'),
     ("probes.py --data=few.jsonl", "only 1 rows with the label 'y'"),
     ("probes.py --data=empty.jsonl", "holds no labelled text"),
+    ("probes.py --data=few.jsonl --name=../few", "a name, not a path"),
     ("probes.py --data=mystery", "sentiment, toxicity, topic"),
     ("train_decoder.py --dataset=unprepared", "is not prepared"),
     ("train_decoder.py config/toy.py --out_dir=out/x --init_from=out/toy", "config.json is missing"),
+    ("train_decoder.py config/toy.py --out_dir=blank.txt", "File exists: blank.txt"),
     ("train_decoder.py config/toy.py --n_embd=192", "holds a network of other sizes"),
     ("train_decoder.py config/toy.py --muon=0.02", "was trained without Muon"),
     ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=0", "batch_size=0: must be at least 1"),
@@ -402,13 +404,14 @@ def test_no_network_is_one_clear_line_that_names_the_offline_way(project, bad_fi
 
 
 def test_a_refused_run_leaves_the_model_as_it_was(project, capsys, monkeypatch):
-    """Training on other data into a finished model's folder."""
-    (project / "no_label_texts.jsonl").write_text('{"text": "A cat sat on the mat."}\n' * 3)
-    python(
-        "prepare.py --dataset no_label_texts.jsonl --encoder=all-MiniLM-L6-v2 "
-        "--tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300",
-        project,
-    )
+    """Preparing a file that has grown since; training on other data into a finished model's folder."""
+    row = '{"text": "A cat sat on the mat."}\n'
+    (project / "no_label_texts.jsonl").write_text(row * 3)
+    prepare = f"prepare.py --dataset no_label_texts.jsonl {MINI}"
+    python(prepare, project)
+    (project / "no_label_texts.jsonl").write_text(row * 4)
+    status, line = call(project, prepare, capsys, monkeypatch)
+    assert status == 2 and "made with other size of files" in line
     before = digest(project / "out/toy")
     command = (
         "train_decoder.py config/toy.py --dataset=no_label_texts.jsonl --out_dir=out/toy --max_iters=999"
