@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import call, kill_when, python
 
-from configurator import batch_index, write_json
+from configurator import InputError, batch_index, write_json
+from model import DGLM
 from prepare import judge_text
 
 DECODER = "train_decoder.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
@@ -58,6 +59,12 @@ def test_the_same_command_gives_the_same_text_and_another_seed_another(project):
     )
     assert one == again != other
     assert len(one.splitlines()) == 2 and one.strip()  # with no prefix at all
+
+
+@pytest.mark.parametrize("prefixes, options", [("Hi", {}), ([], {}), (["Hi"], {"guide": None})])
+def test_what_python_passes_wrongly_is_named(project, prefixes, options):
+    with pytest.raises(InputError, match="must be a"):
+        list(DGLM(f"{project}/out/toy").generate(prefixes, **options))
 
 
 def test_the_judge_reads_the_samples(project):
