@@ -467,17 +467,16 @@ class Data:
         """Rows `index` of the named arrays, as tensors: tokens cut to the longest row's, embeddings in fp32,
         standardised.
         """
-        index, out = np.sort(index), []  # in the order of the file
+        index, out, cuda = np.sort(index), [], device.startswith("cuda")  # in the order of the file
         for name in names:
             x = torch.from_numpy(
                 self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64)
             )
             if name == "tokens":
                 longest = self.splits[split]["length"][index].max()
-                x = x[:, : -(-longest // 8) * 8]  # in eights: torch.compile is for few lengths
+                x = x[:, : -(-longest // 8) * 8 if cuda else longest]  # GPUs and torch.compile like eights
             if "emb" in name:
                 x = (x - self.mean) / self.std
-            cuda = device.startswith("cuda")
             out.append(x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device))
         return out
 
