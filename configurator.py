@@ -216,6 +216,8 @@ def fail(script, message, status):
 
 def write_file(path, content):
     """Writes str, bytes, or what the callable writes to the path that it is given: all of it, or nothing."""
+    path = os.path.realpath(path)  # of a link, what it points to
+    check(os.path.isfile(path) or not os.path.exists(path), f"cannot write {path}: it is not a file")
     temporary = f"{path}.tmp"
     try:
         if callable(content):

@@ -131,6 +131,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_file(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="it is not a file"):
+        write_file(tmp_path / "pipe", "text")
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_json_lines_reader_crash(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
