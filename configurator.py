@@ -216,9 +216,9 @@ def fail(script, message, status):
 
 def write_file(path, content):
     """Writes str, bytes, or what the callable writes to the path that it is given: all of it, or nothing."""
-    path = os.path.realpath(path)  # of a link, what it points to
-    check(os.path.isfile(path) or not os.path.exists(path), f"cannot write {path}: it is not a file")
-    temporary = f"{path}.tmp"
+    target = os.path.realpath(path)  # of a link, what it points to
+    check(os.path.isfile(target) or not os.path.exists(target), f"cannot write {path}: it is not a file")
+    temporary = f"{target}.tmp"
     try:
         if callable(content):
             content(temporary)
@@ -230,7 +230,7 @@ def write_file(path, content):
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except Exception as e:  # safetensors raises its own kind on a full disk
         if os.path.exists(temporary):
             os.remove(temporary)
