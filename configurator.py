@@ -184,6 +184,8 @@ def run(main, variables, arguments=None):
     settings = declared(path)
     if RANK > 0:  # one process speaks for all
         sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # where the terminal lacks a letter, its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
         check(0 <= variables["seed"] < 2**32, f"seed={variables['seed']}: must be from 0 to 2^32 - 1")
@@ -392,6 +394,7 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
 def load_checkpoint(folder, name, key="weights", device="cpu"):
     """-> (the JSON, the tensors of `key`). Raises InputError where there is none, or it is damaged."""
     meta = read_own_json(f"{folder}/{name}.json", CHECKPOINT_FORMAT)
+    check(meta["kind"] == name, f"{folder}/{name}.json is a checkpoint of the {meta['kind']}: a wrong file")
     check(key in meta, f"{folder}/{name}.json has no {key}: it cannot be trained further")
     path = f"{folder}/{meta[key]['file']}"
     tensors = read_tensors(path, device)
@@ -728,9 +731,8 @@ def train(
             bar.update()
             due = (step + 1) % s["eval_interval"] == 0 or step + 1 == s["max_iters"]
             stop = bool(interrupted)
-            if PROCESSES > 1:  # all stop together; to ask costs a wait
-                asked = due or (step + 1) % 10 == 0
-                stop = asked and summed(torch.tensor(float(stop), device=device)).item() > 0
+            if PROCESSES > 1:  # all stop together
+                stop = summed(torch.tensor(float(stop), device=device)).item() > 0
             if len(recent) == 10 or due or stop:
                 losses = summed(torch.stack(recent)).div(PROCESSES).tolist()
                 for at, number in enumerate(losses, step + 1 - len(recent)):
@@ -747,9 +749,11 @@ def train(
                 bar.set_postfix(shown | ({"overflows": overflows} if overflows else {}), refresh=False)
                 recent = []
             if due and RANK == 0:
-                record = {"step": step + 1, "train": total / counted} | evaluate()
+                try:
+                    record = {"step": step + 1, "train": total / counted} | evaluate()
+                except InputError as e:
+                    raise InputError(f"validation after {where}: {e}; {kept}") from None
                 record |= {"overflows": overflows} if overflows else {}
-                check(math.isfinite(record["loss"]), f"the validation loss is {record['loss']}: {kept}")
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 best = record["loss"] <= min((h["loss"] for h in history), default=math.inf)
                 history.append(record)
@@ -789,6 +793,7 @@ def resume(name, folder, meta, live, optimizers, scaler):
 
     Raises InputError where it was made from other data, with another network or other optimizers.
     """
+    load_checkpoint(folder, name)  # the best weights too must be whole
     saved, state = load_checkpoint(folder, name, "state")
     hint = "give another --out_dir, or --resume=False to start over"
     check(

@@ -160,7 +160,8 @@ class LanguageModel:
         """-> nats of each text given its prefix (N,), its tokens (N,), features of both (N, width)."""
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
-        ids = [self.tokenizer(list(x), add_special_tokens=False)["input_ids"] for x in (prefixes, written)]
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # whatever the texts hold
+        ids = [self.tokenizer(list(x), **plain)["input_ids"] for x in (prefixes, written)]
         rows, out = [(torch.tensor([first, *p, *t]), 1 + len(p)) for p, t in zip(*ids)], []
         for start in range(0, len(rows), batch_size):
             tokens = [row for row, _ in rows[start : start + batch_size]]
@@ -369,15 +370,16 @@ class Book:
                 f.truncate(sum(map(len, lines)))  # what a kill tore goes
             try:
                 values, digests = zip(*map(json.loads, lines))
-            except (ValueError, TypeError):
-                values, digests = [None], []
-            whole = list(map(json_hash, values)) == list(digests)
+                whole = list(map(json_hash, values)) == list(digests) and isinstance(values[0], dict)
+            except (ValueError, TypeError, RecursionError):
+                whole = False
             check(whole, f"{self.partial} is damaged: remove it")
             self.check_head(values[0], self.partial)
             self.cells = dict(values[1:])
 
     def check_head(self, found, path):
-        changed = [k for k, v in self.head["configuration"].items() if found["configuration"].get(k) != v]
+        changed = [k for k in ("format", "task") if found.get(k) != self.head[k]]
+        changed += [k for k, v in self.head["configuration"].items() if found["configuration"].get(k) != v]
         changed += ["files or judges"] * (found["made_from"] != self.head["made_from"])
         hint = "remove it, or give another --results"
         check(not changed, f"{path} was made with other {', '.join(changed)}: {hint}")

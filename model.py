@@ -24,7 +24,6 @@ import glob
 import importlib.util
 import math
 import os
-import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -700,13 +699,14 @@ class Probe:
         """Reads NAME.npz. Raises InputError where it is not a probe."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                keys = ("classes", "coef", "intercept", "encoder", "weight")
-                classes, coef, intercept, encoder, weight = (f[k] for k in keys)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+                names, encoder, weight = [str(c) for c in f["classes"]], str(f["encoder"]), float(f["weight"])
+                coef, intercept = (torch.tensor(f[k], dtype=torch.float32) for k in ("coef", "intercept"))
+        except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
             raise InputError(f"{path} is not a probe of probes.py: {e}") from None
-        name = os.path.splitext(os.path.basename(path))[0]
-        tensors = torch.tensor(coef), torch.tensor(intercept)
-        return cls(name, [str(c) for c in classes], *tensors, str(encoder), float(weight))
+        fits = coef.dim() == 2 and len(coef) == len(names) and intercept.shape == (len(names),)
+        finite = coef.isfinite().all() and intercept.isfinite().all() and 0 < weight < math.inf
+        check(fits and finite, f"{path} is not a probe of probes.py: its numbers do not fit its classes")
+        return cls(os.path.splitext(os.path.basename(path))[0], names, coef, intercept, encoder, weight)
 
 
 def parse_guide(text, probes):
@@ -773,6 +773,7 @@ def load_encoder(name, device="cpu"):
         model = SentenceTransformer(path, device=str(device)).eval()
     except Exception as e:
         raise InputError(f"cannot load the encoder {name}: {e or type(e).__name__}") from None
+    model.tokenizer.split_special_tokens = True  # [SEP] in a text is five letters
     context = autocast(device) if precision(device) == torch.bfloat16 else nullcontext()  # fp16 is not for T5
 
     def encode(texts):
@@ -833,6 +834,8 @@ class DGLM:
             what = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
             same = same_encoder(probe.encoder, self.encoder_name)
             check(same, f"{what}, this model's is {self.encoder_name}: train it again")
+            wide, E = probe.coef.shape[1], len(self.mean)
+            check(wide == E, f"{folder}/probes/{probe.name}.npz is for embeddings of {wide}, not {E}")
             probe.coef, probe.intercept = probe.coef.to(self.device), probe.intercept.to(self.device)
         self.encoder = None
 

@@ -12,6 +12,7 @@ proposal as far as it can be trusted.
 The same command again continues an interrupted run.
 """
 
+import math
 import os
 from dataclasses import asdict
 
@@ -121,6 +122,7 @@ def main(settings):
                 with autocast(place):
                     value = decoder(tokens, length, split, z, alpha2, continuation_only=True)
                 totals[level] += value.item() * len(index) / len(rows)
+        check(math.isfinite(sum(totals.values())), "the loss is not finite")
         index = rows[:2]
         tokens, length, split, x = data.rows("val", index, READ, place)
         prompts = [row[:n].tolist() for row, n in zip(tokens, split)]

@@ -13,6 +13,7 @@ The same command again continues an interrupted run. Stages 1 and 2 do not depen
 """
 
 import copy
+import math
 import os
 
 import numpy as np
@@ -118,6 +119,7 @@ def main(settings):
                 weight = loss_weight(log_snr) if level == "loss" else 1.0
                 totals[level] += (weight * error).mean().item() * len(index) / len(rows)
 
+        check(math.isfinite(totals["loss"]), "the loss is not finite")
         index = rows[: max(2, len(rows) // 8)]
         x, x_pref, split, tokens = data.rows("val", index, (*READ, "tokens"), place)
         options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed, 2)}

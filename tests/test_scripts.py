@@ -238,6 +238,10 @@ BAD = [
         "train_diffusion.py config/toy.py --out_dir=out/x --learning_rate=1e20 --eval_interval=3",
         "whose batch begins with row",
     ),
+    (
+        "train_decoder.py config/toy.py --out_dir=out/x --learning_rate=inf --eval_interval=1 --eval_rows=8",
+        "validation after step 1, whose batch begins with row",
+    ),
     ("sample.py --cfg_scale=inf --steps=2", "the diffusion diverged"),
     ("sample.py --device=meta", "no device 'meta'"),
     ("train_diffusion.py config/toy.py --layers=3", "n=3 by 2"),
@@ -309,6 +313,20 @@ def no_probe(target):
     (target / "probes/topic.npz").write_bytes(b"PK\x03\x04 cut short")
 
 
+def narrow_probe(target):
+    fields = dict(np.load(target / "probes/topic.npz"))
+    np.savez(target / "probes/topic.npz", **fields | {"coef": fields["coef"][:, :100]})
+
+
+def nan_probe(target):
+    fields = dict(np.load(target / "probes/topic.npz"))
+    np.savez(target / "probes/topic.npz", **fields | {"weight": np.nan})
+
+
+def decoder_for_diffusion(target):
+    shutil.copy(target / "decoder.json", target / "diffusion.json")
+
+
 def other_tokenizer(target):
     lines = (target / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
     (target / "tokenizer.tiktoken").write_bytes(b"".join(lines[:-1]))
@@ -323,7 +341,10 @@ SPOILT = [
     (edit_json("diffusion.json", data__encoder="other"), "trained on different data"),
     (lambda target: (target / "decoder.json").write_text("{"), "cannot read"),
     (foreign_probe, "is a probe of the encoder sentence-t5-xl"),
-    (no_probe, "is not a probe"),
+    (no_probe, "is not a probe of"),
+    (narrow_probe, "is for embeddings of 100, not 384"),
+    (nan_probe, "its numbers do not fit"),
+    (decoder_for_diffusion, "is a checkpoint of the decoder"),
     (other_tokenizer, "is not the tokenizer"),
 ]
 
