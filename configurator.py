@@ -472,7 +472,8 @@ class Data:
         """Rows `index` of the named arrays, as tensors: tokens cut to the longest row's, embeddings in fp32,
         standardised.
         """
-        index, out, cuda = np.sort(index), [], device.startswith("cuda")  # in the order of the file
+        index, out = np.sort(index), []  # in the order of the file
+        cuda = device.startswith("cuda")
         for name in names:
             x = torch.from_numpy(
                 self.splits[split][name][index].astype(np.float32 if "emb" in name else np.int64)

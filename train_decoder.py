@@ -13,7 +13,6 @@ The same command again continues an interrupted run.
 """
 
 import math
-import os
 from dataclasses import asdict
 
 import numpy as np
@@ -136,7 +135,6 @@ def main(settings):
         return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 
     def weights():
-        os.makedirs(folder, exist_ok=True)
         write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
         return decoder.state_dict()
 

@@ -1,6 +1,7 @@
 """What the tests share: the toy's path, run once, and ways to run and to kill a script."""
 
 import glob
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -34,6 +35,12 @@ def python(command, cwd, **kwargs):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def digest(folder):
+    """{path: SHA-256} of all files below a folder."""
+    files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
+    return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
 
 
 def kill_when(arguments, cwd, condition):

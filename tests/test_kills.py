@@ -3,9 +3,6 @@
 This takes minutes, so it runs when asked: python -m pytest tests/test_kills.py --kills 20
 """
 
-import glob
-import hashlib
-import os
 import random
 import shutil
 import subprocess
@@ -13,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import python
+from conftest import digest, python
 from test_eval import evaluated, judge_lm  # noqa: F401, two fixtures
 
 SHORT = "config/toy.py --max_iters=40 --eval_interval=5 --eval_rows=32 --out_dir=out/new"
@@ -23,12 +20,6 @@ COMMANDS = {
     f"train_diffusion.py {SHORT}": "out/new",
     "eval.py config/small.py --task control --out_dir=out/toy --results=new": "new",
 }
-
-
-def digest(folder):
-    """{path: SHA-256} of all files below a folder."""
-    files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
-    return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[0] for command in COMMANDS])

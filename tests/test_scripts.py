@@ -1,7 +1,6 @@
 """Every script, as users type it, on the toy. Run: python -m pytest tests/test_scripts.py"""
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import call, kill_when, python
+from conftest import call, digest, kill_when, python
 
 from configurator import InputError, batch_index, write_json
 from model import DGLM
@@ -75,12 +74,6 @@ def test_the_judge_reads_the_samples(project):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_other_samplers_and_classifier_free_guidance_run(project, sampler):
     assert python(f"sample.py --sampler {sampler} --steps 3 --cfg_scale 2 --guide sports:5", project).strip()
-
-
-def digest(folder):
-    """{relative path: SHA-256} of all files below."""
-    paths = [p for p in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(p)]
-    return {os.path.relpath(p, folder): hashlib.sha256(open(p, "rb").read()).hexdigest() for p in paths}
 
 
 def test_prepare_resumes_to_the_same_bytes(project, tmp_path):
