@@ -86,9 +86,10 @@ def convert(key, value, default, where):
             value = words[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             pass
-    if kind is float and type(value) is int:
+    large = isinstance(value, int) and abs(value) >= 2**63
+    if kind is float and type(value) is int and not large:
         value = float(value)
-    if type(value) is not kind or value != value:
+    if type(value) is not kind or value != value or large:
         what = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
         raise InputError(f"{where}: {key} must be {what}, as {default!r}, not {value!r}")
     return value
@@ -114,7 +115,7 @@ def read_config(path, script, settings):
             body = ast.parse(f.read()).body
     except OSError as e:
         raise InputError(f"cannot read config file {path}: {e.strerror}") from None
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:  # the last two: values too deep
         raise InputError(f"{path}, line {getattr(e, 'lineno', 1)}: not `key = value` lines: {e}") from None
     here = os.path.dirname(os.path.abspath(__file__))
     known = {name: declared(f"{here}/{name}.py") for name in SCRIPTS}
@@ -125,8 +126,8 @@ def read_config(path, script, settings):
             continue  # the docstring
         where = f"{path}, line {node.lineno}"
         try:
-            name, value = node.targets[0].id, ast.literal_eval(node.value)
-        except (AttributeError, TypeError, ValueError):
+            (name,), value = [target.id for target in node.targets], ast.literal_eval(node.value)
+        except (AttributeError, TypeError, ValueError, RecursionError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
         if name in SCRIPTS:
             check(isinstance(value, dict), f'{where}: {name} is a script: write {name} = {{"key": value}}')
@@ -144,7 +145,7 @@ def read_config(path, script, settings):
 
 def parse_arguments(arguments, script, settings):
     """The command line -> {key: value}; later ones win. Raises InputError, or SystemExit(0) after --help."""
-    values, rest = {}, list(arguments)
+    values, rest, options = {}, list(arguments), {f"--{key}" for key in settings}
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
@@ -165,7 +166,7 @@ def parse_arguments(arguments, script, settings):
             flag = isinstance(default, bool)
             if flag and not (rest and rest[0].lower() in ("true", "false")):
                 value = "true"
-            elif rest:
+            elif rest and rest[0].partition("=")[0] not in options:
                 value = rest.pop(0)
             else:
                 raise InputError(f"command line: --{key} needs a value")
@@ -190,14 +191,22 @@ def run(main, variables, arguments=None):
         variables.update(parse_arguments(sys.argv[1:] if arguments is None else arguments, script, settings))
         check(0 <= variables["seed"] < 2**32, f"seed={variables['seed']}: must be from 0 to 2^32 - 1")
         main({key: variables[key] for key in settings})
+        sys.stdout.flush()
         if PROCESSES > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except InputError as e:
         fail(script, e, 2)
-    except torch.OutOfMemoryError:
-        fail(script, "the device is out of memory: lower --batch_size", 2)
+    except (MemoryError, RuntimeError) as e:
+        known = {"out of memory|allocate memory": "out of memory: lower --batch_size or the sizes"}
+        known |= {r"C(\+\+)? compiler": "--compile needs a C++ compiler, and on a GPU a C compiler"}
+        for pattern, message in known.items():
+            if isinstance(e, MemoryError) or re.search(pattern, str(e)):
+                fail(script, message, 2)
+        raise
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if script != "sample" or variables["out"]:
+            fail(script, "stopped: what read its output has gone", 1)
     except OSError as e:  # a full disk, a folder without permission
         fail(script, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
     except KeyboardInterrupt as e:
@@ -239,13 +248,35 @@ def write_file(path, content):
         raise InputError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
+@contextmanager
+def alone(path):
+    """Within, no other run writes what begins with `path`: PATH.lock. Raises InputError where one does."""
+    import fcntl  # not on Windows
+
+    if RANK > 0:  # of several processes the first has it
+        yield
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError:
+            raise InputError(f"another run is at work on {path}: wait for its end, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.remove(lock.name)
+
+
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"cannot read {path}: {e}") from None
 
 
@@ -368,7 +399,6 @@ def save_checkpoint(folder, name, meta, weights=None, state=None):
     and only then are the old files removed. weights None keeps those of the checkpoint before. meta must
     hold `step`.
     """
-    os.makedirs(folder, exist_ok=True)
     path = f"{folder}/{name}.json"
     try:
         old = read_own_json(path, CHECKPOINT_FORMAT)
@@ -443,6 +473,10 @@ class Data:
                 f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
             )
         self.meta = read_own_json(f"{self.folder}/meta.json", DATA_FORMAT)
+        source = self.meta["settings"]["dataset"]
+        same = dataset == data_name(dataset) or os.path.realpath(source) == os.path.realpath(dataset)
+        hint = f"rename one, or say --dataset {data_name(dataset)}"
+        check(same, f"{self.folder} was prepared from {source}, not from {dataset}: {hint}")
         options = {"desc": f"check {self.folder}", "leave": False, "delay": 2, "disable": RANK > 0}
         for path, digest in tqdm(self.meta["sha256 of"].items(), **options):
             damaged = f"{self.folder}/{path} is missing or damaged: remove the folder and prepare it again"
@@ -500,7 +534,11 @@ def join_processes(device):
         backend = "nccl" if device.startswith("cuda") else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # for the slowest part
+        try:
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # for the slowest part
+        except (ValueError, RuntimeError) as e:
+            hint = "start with torchrun, or unset WORLD_SIZE"
+            raise InputError(f"cannot meet the {PROCESSES} processes ({e}): {hint}") from None
 
 
 def share(rows):
@@ -638,7 +676,7 @@ def train(
         check(s[key] >= 1, f"{key}={s[key]}: must be at least 1")
     for key in ("learning_rate", "grad_clip"):
         check(s[key] > 0, f"{key}={s[key]}: must be above 0")
-    for key in ("muon", "weight_decay"):
+    for key in ("muon", "weight_decay", "warmup_iters"):
         check(s[key] >= 0, f"{key}={s[key]}: must be 0 (none) or above")
     for key in ("beta1", "beta2"):
         check(0 <= s[key] < 1, f"{key}={s[key]}: must be from 0 to below 1")
@@ -652,7 +690,6 @@ def train(
     start, history = meta["step"], meta["history"]
     if start >= s["max_iters"]:
         return print(f"{folder}/{name}.json has all {start} steps: raise --max_iters, or say --resume=False")
-    os.makedirs(folder, exist_ok=True)  # says now where it cannot
     join_processes(device)
     n, micro, seed = data.size("train"), s["gradient_accumulation"], s["seed"]
     check(

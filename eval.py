@@ -55,6 +55,7 @@ from tqdm import tqdm
 from configurator import (
     Data,
     InputError,
+    alone,
     autocast,
     check,
     generator_at,
@@ -69,7 +70,7 @@ from configurator import (
     write_file,
     write_json,
 )
-from model import DGLM, check_decoding, check_sampling, parse_guide
+from model import DGLM, check_decoding, check_sampling, parse_guide, tokenise
 
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -387,7 +388,6 @@ class Book:
     def fill(self, jobs):
         """{key: function} -> {key: the columns that it gives}, each computed once and made safe on disk."""
         if not self.cells:
-            os.makedirs(results, exist_ok=True)
             write_file(self.partial, json.dumps([self.head, json_hash(self.head)]) + "\n")
         done = sum(key in self.cells for key in jobs)
         with tqdm(total=len(jobs), initial=done, desc=self.head["task"], unit=" cells") as bar:
@@ -534,7 +534,7 @@ def held_out(model):
     bpe, longest = model.tokenizer, prefix_tokens + new_tokens
     if texts:
         rows = (row.get("text") for row in read_json_lines(texts))
-        rows = (bpe.encode_ordinary(t) for t in rows if isinstance(t, str))
+        rows = (tokenise(bpe, t) for t in rows if isinstance(t, str))
     else:
         name = model.data["name"]
         prepared = os.path.exists(f"data/{name}/meta.json")
@@ -681,7 +681,7 @@ def runtime(bench, book):
     what each sampler takes and gives, for continuations of held-out text.
     """
     model, line, label = bench.model, read_prompts()[0], attributes.split(",")[0]
-    tokens = model.tokenizer.encode_ordinary(line)
+    tokens = tokenise(model.tokenizer, line)
     room = model.decoder.gpt.config.n_positions - model.decoder.generator.K - len(tokens)
     twin = as_transformers(model.decoder.gpt)
     counts = [int(n) for n in numbers(lengths) if n <= room]
@@ -837,6 +837,7 @@ def main(settings):
     )
     for name in counts:
         check(settings[name] >= 1, f"{name}={settings[name]}: must be at least 1")
+    check(seed + seeds <= 2**32, f"seed={seed}, seeds={seeds}: together 2^32 at most")
     check(best_of >= 2, f"best_of={best_of}: must be at least 2")
     check(num_texts >= 20, f"num_texts={num_texts}: must be at least 20, as MAUVE compares distributions")
     for solver, count in [(sampler, steps), *solvers()]:
@@ -859,14 +860,17 @@ def main(settings):
         parse_guide(label, model.probes)  # says it now where no probe has that class
     files = ["decoder.json", "diffusion.json", *(f"probes/{probe.name}.npz" for probe in model.probes)]
     files = [f"{folder}/{name}" for name in files]  # the JSON has the hashes of the weights
-    files += [name for name in (texts, prompts.removeprefix("FILE:"), *judge_names()) if os.path.isfile(name)]
+    given = [texts, judge_lm, *judge_names(), prompts[5:] if prompts.startswith("FILE:") else ""]
+    for name in filter(os.path.exists, given):
+        files += filter(os.path.isfile, [name, *sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))])
     made_from = {name: sha256(name) for name in files} | {"judges": judge_names()}
     books = {name: Book(name, settings, made_from) for name in wanted}
     bench = None
     for name, book in books.items():
         if book.whole is None:
             bench = bench or Bench(model, list(dict.fromkeys(map(bare, labels))))
-            book.finish(TASKS[name](bench, book))
+            with alone(f"{results}/{name}"):
+                book.finish(TASKS[name](bench, book))
         print(f"\n{name}, fluency by {judge_lm}")
         show(book.whole["table"])
         plot(name, book.whole["table"], f"{results}/{name}.png")

@@ -24,6 +24,7 @@ import glob
 import importlib.util
 import math
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -434,12 +435,15 @@ class GPT(nn.Module):
             repo = f"openai-community/{name}" if name.startswith("gpt2") else name
             config = read_json(hub_file(repo, "config.json"))
             weights = [hub_file(repo, "model.safetensors")]
+        check(isinstance(config, dict), f"{name}: its config.json is no model's")
         gelu = config.get("activation_function", "gelu_new") == "gelu_new"
         norm = config.get("layer_norm_epsilon", 1e-5) == 1e-5
         same = config.get("model_type") == "gpt2" and gelu and norm
         same = same and not config.get("scale_attn_by_inverse_layer_idx")
+        sizes = {k: config[k] for k in asdict(GPTConfig()) if k in config}
+        same = same and all(type(size) is int and size > 0 for size in sizes.values())
         check(same and weights, f"{name} does not hold a GPT-2 in safetensors")
-        model = cls(GPTConfig(**{k: config[k] for k in asdict(GPTConfig()) if k in config}))
+        model = cls(GPTConfig(**sizes))
         own, wanted = {}, model.state_dict().keys()
         for path in weights:
             for key, tensor in read_tensors(path).items():
@@ -753,6 +757,13 @@ def make_tokenizer(ranks):
     return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
+def tokenise(tokenizer, text):
+    """The tokens of a text, none of them special. Of a run of blanks 1000 count: a million are too many for
+    tiktoken.
+    """
+    return tokenizer.encode_ordinary(re.sub(r"\s{1000,}", lambda run: run[0][:1000], text))
+
+
 def load_encoder(name, device="cpu"):
     """A sentence-transformers model by name or folder -> encode(texts) -> (N, E) float32, rows of length 1.
 
@@ -879,7 +890,7 @@ class DGLM:
 
         decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
         """
-        prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
+        prompts = [tokenise(self.tokenizer, p) for p in prefixes]
         x = self.standardise(proposals)
         return write(self.decoder, self.tokenizer, prompts, x, max_new_tokens, sigma2, generator, **decoding)
 
@@ -900,7 +911,7 @@ class DGLM:
         check(isinstance(guide, str), "guide must be a text, as negative:30,sports or none")
         check(num_samples >= 1, f"num_samples={num_samples}: must be at least 1")
         prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
-        longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
+        longest = max(len(tokenise(self.tokenizer, p)) for p in prefixes)
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)
         generator = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]

@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import tarfile
+import zlib
 from functools import cache
 
 import numpy as np
@@ -37,6 +38,7 @@ from configurator import (
     PROCESSES,
     RANK,
     InputError,
+    alone,
     check,
     data_name,
     hub_file,
@@ -52,7 +54,7 @@ from configurator import (
     write_json,
     write_ranks,
 )
-from model import load_encoder, make_tokenizer
+from model import load_encoder, make_tokenizer, tokenise
 
 dataset = "c4"  # toy, c4, openwebtext, or a path: .txt, .jsonl, .jsonl.gz or a folder of them
 max_documents = 10_000_000  # stop after so many
@@ -65,6 +67,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 judge = ""  # a JSON-lines file of sample.py: only report what the toy's grammar says of it
 seed = 1337  # fixes everything
 
+PROGRESS_FORMAT = 3
 SHARD = 4096  # windows embedded, and made safe on disk, at a time
 HEADER = 128  # bytes before the rows of a .npy file
 
@@ -313,7 +316,11 @@ def choose_ranks():
         257 <= vocab_size <= limit,
         f"{tokenizer} does not have {vocab_size} entries: give --vocab_size, from 257 to {limit}",
     )
-    return {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
+    check(vocab_size <= 65536, f"vocab_size={vocab_size}: at most 65536")
+    ranks = {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
+    bytes_first = all(bytes([b]) in ranks for b in range(256))
+    check(bytes_first, f"{tokenizer}: its first {vocab_size} entries lack a byte: raise --vocab_size")
+    return ranks
 
 
 def token_flags(ranks):
@@ -365,7 +372,7 @@ def split_point(window, flags, rng):
 
 def windows(bpe, flags, text, number):
     """The windows of document `number` -> [(tokens, split), ...]; none if it is empty or, of c4, no prose."""
-    tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
+    tokens = np.array(tokenise(bpe, text), dtype=np.int64)
     if not text or dataset == "c4" and len(tokens) >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
@@ -396,7 +403,10 @@ def shards(texts, done, bpe, flags, bar):
 
 
 class Arrays:
-    """The .npy files of one split, appended to; `cut_to` drops what an interruption left half done."""
+    """The .npy files of one split, appended to; `cut_to` drops what an interruption left half done.
+
+    crc: {name: the CRC-32 of that file's rows}.
+    """
 
     def __init__(self, folder, E):
         os.makedirs(folder, exist_ok=True)
@@ -407,24 +417,29 @@ class Arrays:
             path = f"{folder}/{name}.npy"
             self.files[name] = open(path, "r+b" if os.path.exists(path) else "w+b")
 
-    def cut_to(self, rows):
+    def cut_to(self, rows, crc):
+        """Raises InputError where the rows that stay are not those that were written."""
+        self.crc = crc  # kept up to date by `append`
         for name, (kind, shape) in self.kinds.items():
             header = io.BytesIO()
             fields = {"descr": kind, "fortran_order": False, "shape": (rows, *shape)}
             np.lib.format.write_array_header_1_0(header, fields)
             assert len(header.getvalue()) == HEADER  # numpy leaves room for the first axis to grow
-            file, size = self.files[name], HEADER + rows * np.dtype((kind, shape)).itemsize
-            whole = rows == 0 or os.path.getsize(file.name) >= size
-            check(whole, f"{file.name} has lost rows: remove its folder and prepare it again")
+            file, found = self.files[name], 0
+            file.truncate(HEADER + rows * np.dtype((kind, shape)).itemsize)
             file.seek(0)
             file.write(header.getvalue())
-            file.truncate(size)
-            file.seek(0, os.SEEK_END)
+            while chunk := file.read(2**24):
+                found = zlib.crc32(chunk, found)
+            folder = os.path.dirname(os.path.dirname(file.name))
+            check(found == crc[name], f"{file.name} is damaged: remove {folder} and prepare it again")
             file.flush()
 
     def append(self, columns):
         for name, rows in columns.items():
-            self.files[name].write(np.ascontiguousarray(rows, dtype=self.kinds[name][0]).tobytes())
+            content = np.ascontiguousarray(rows, dtype=self.kinds[name][0]).tobytes()
+            self.files[name].write(content)
+            self.crc[name] = zlib.crc32(content, self.crc[name])
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -465,40 +480,43 @@ def main(settings):
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
     if dataset not in ("toy", "c4", "openwebtext") and os.path.exists(dataset):
         choice["size of files"] = [os.path.getsize(path) for path in text_files()]
-    for path in (meta_path, f"{part}/progress.json"):
-        made = read_own_json(path, DATA_FORMAT) if os.path.exists(path) else {"settings": choice}
+    for path, version in ((meta_path, DATA_FORMAT), (f"{part}/progress.json", PROGRESS_FORMAT)):
+        made = read_own_json(path, version) if os.path.exists(path) else {"settings": choice}
         changed = ", ".join(k for k, v in choice.items() if made["settings"].get(k, v) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
     if os.path.exists(meta_path):
+        for path in read_own_json(meta_path, DATA_FORMAT)["sha256 of"]:
+            whole = os.path.exists(f"{folder}/{path}")
+            check(whole, f"{folder}/{path} is missing: remove {folder} and prepare it again")
         return print(f"{folder} is prepared already")
     place = pick_device(device)
+    source, ranks, encode = documents(), choose_ranks(), load_encoder(encoder, place)
     join_processes(place)
-    progress = write_part(part, choice, place)
-    if PROCESSES > 1:
-        torch.distributed.barrier()
-        progress = join_parts(folder) if RANK == 0 else None
-    if RANK == 0:
-        finish(folder, progress)
+    with alone(f"{folder}/prepare"):
+        progress = write_part(part, choice, source, ranks, encode)
+        if PROCESSES > 1:
+            torch.distributed.barrier()
+            progress = join_parts(folder) if RANK == 0 else None
+        if RANK == 0:
+            finish(folder, progress)
 
 
-def write_part(folder, choice, place):
+def write_part(folder, choice, source, ranks, encode):
     """Writes the arrays of this process's share of the documents -> what progress.json holds at their end:
     documents and windows done, and of the continuations' embeddings the sum and the sum of squares.
     """
-    source = documents()
-    ranks = choose_ranks()
-    check(len(ranks) < 65536, f"vocab_size={vocab_size}: at most 65536")
-    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, place)
+    bpe, flags = make_tokenizer(ranks), token_flags(ranks)
     E, path = encode(["width"]).shape[1], f"{folder}/progress.json"
     os.makedirs(folder, exist_ok=True)
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
-    progress = {"format": DATA_FORMAT, "settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
+    progress = {"format": PROGRESS_FORMAT, "settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
     progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
+    progress["crc"] = {split: dict.fromkeys(COLUMNS, 0) for split in progress["N"]}
     if os.path.exists(path):
-        progress = read_own_json(path, DATA_FORMAT)
+        progress = read_own_json(path, PROGRESS_FORMAT)
     arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
     for split in arrays:
-        arrays[split].cut_to(progress["N"][split])
+        arrays[split].cut_to(progress["N"][split], progress["crc"][split])
 
     done, most = progress["documents"], len(share(range(max_documents)))
     numbered = zip(itertools.count(RANK, PROCESSES), source)
@@ -518,14 +536,14 @@ def write_part(folder, choice, place):
             write_json(path, progress)
             bar.set_postfix(windows=f"{sum(progress['N'].values()):,}")
     for split in arrays:
-        arrays[split].cut_to(progress["N"][split])
+        arrays[split].cut_to(progress["N"][split], progress["crc"][split])
     return progress
 
 
 def join_parts(folder):
     """One after another, the parts that the processes wrote -> their progress.json, added up."""
     parts = [f"{folder}/part-{rank}-of-{PROCESSES}" for rank in range(PROCESSES)]
-    each = [read_own_json(f"{part}/progress.json", DATA_FORMAT) for part in parts]
+    each = [read_own_json(f"{part}/progress.json", PROGRESS_FORMAT) for part in parts]
     remove([f"{folder}/progress.json"])  # of one process, whose arrays are about to go
     os.replace(f"{parts[0]}/tokenizer.tiktoken", f"{folder}/tokenizer.tiktoken")
     whole = {"settings": each[0]["settings"], "documents": sum(p["documents"] for p in each)}
@@ -533,12 +551,12 @@ def join_parts(folder):
     whole["N"] = {split: sum(p["N"][split] for p in each) for split in ("train", "val")}
     for split, rows in whole["N"].items():
         arrays = Arrays(f"{folder}/{split}", len(whole["sum"]))
-        arrays.cut_to(0)
+        arrays.cut_to(0, dict.fromkeys(COLUMNS, 0))
         for part in tqdm(parts, desc=f"join {folder}/{split}", leave=False, delay=2):
             columns = {name: np.load(f"{part}/{split}/{name}.npy", mmap_mode="r") for name in arrays.kinds}
             for at in range(0, len(columns["length"]), SHARD):
                 arrays.append({name: column[at : at + SHARD] for name, column in columns.items()})
-        arrays.cut_to(rows)
+        arrays.cut_to(rows, arrays.crc)
     return whole
 
 

@@ -101,6 +101,8 @@ def main(settings):
     sources = data.split(",")
     check(len(sources) == 1 or not name, "--name is for a single source of data")
     check(os.path.basename(name) == name, f"--name {name}: must be a name, not a path")
+    names = [name or os.path.basename(source).split(".")[0] for source in sources]
+    check(len(set(names)) == len(names), f"--data {data}: two would make one probe, as they have one name")
     folder = out_dir or newest_model()
     check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
     model = f"{folder}/decoder.json"
@@ -112,10 +114,9 @@ def main(settings):
     encode = load_encoder(encoder_name, pick_device(device))
     os.makedirs(f"{folder}/probes", exist_ok=True)
     print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
-    for source, texts, labels in labelled:
+    for label, (source, texts, labels) in zip(names, labelled):
         chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
         x = np.concatenate([encode(chunk) for chunk in tqdm(chunks, desc=f"embed {source}", leave=False)])
-        label = name or os.path.basename(source).split(".")[0]
         train_probe(
             x, labels, label, f"{folder}/probes/{label}.npz", encoder_name, balanced or source == "toxicity"
         )

@@ -21,6 +21,7 @@ import torch
 from configurator import (
     PROCESSES,
     Data,
+    alone,
     autocast,
     check,
     data_name,
@@ -66,7 +67,7 @@ NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the vali
 
 
 def main(settings):
-    check(noise_scale > 0, f"noise_scale={noise_scale}: must be above 0")
+    check(0 < noise_scale < math.inf, f"noise_scale={noise_scale}: must be above 0")
     place = pick_device(device)
     data = Data(dataset)
     folder = out_dir or f"out/{data_name(dataset)}"
@@ -138,7 +139,8 @@ def main(settings):
         write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
         return decoder.state_dict()
 
-    train("decoder", folder, settings, data, READ, decoder, network, {}, weights, loss, evaluate)
+    with alone(f"{folder}/decoder"):
+        train("decoder", folder, settings, data, READ, decoder, network, {}, weights, loss, evaluate)
 
 
 if __name__ == "__main__":

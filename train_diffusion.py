@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from configurator import (
     PROCESSES,
     Data,
+    alone,
     autocast,
     check,
     data_name,
@@ -77,6 +78,8 @@ NOISE_LEVELS = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # log-SNR of the val
 
 def main(settings):
     check(1 <= eval_steps <= 1000, f"eval_steps={eval_steps}: must be from 1 to 1000")
+    for key in ("null_probability", "ema_decay"):
+        check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
     place = pick_device(device)
     data = Data(dataset)
     folder = out_dir or f"out/{data_name(dataset)}"
@@ -141,7 +144,9 @@ def main(settings):
 
     live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
     weights = ema.state_dict
-    train("diffusion", folder, settings, data, READ, model, network, live, weights, loss, evaluate, average)
+    with alone(f"{folder}/diffusion"):
+        stage = "diffusion", folder, settings, data, READ, model, network
+        train(*stage, live, weights, loss, evaluate, average)
 
 
 if __name__ == "__main__":

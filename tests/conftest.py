@@ -72,15 +72,16 @@ def call(project, command, capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     """A copy of the project in which the toy's whole path has run, with fewer steps than config/toy.py
-    takes.
+    takes, of fewer rows.
     """
     folder = tmp_path_factory.mktemp("project")
     for name in glob.glob(f"{ROOT}/*.py"):
         shutil.copy(name, folder)
     shutil.copytree(f"{ROOT}/config", folder / "config")
     python("prepare.py config/toy.py --max_documents=1200", folder)
-    python("train_decoder.py config/toy.py --max_iters=200 --eval_interval=200 --eval_rows=64", folder)
-    python("train_diffusion.py config/toy.py --max_iters=100 --eval_interval=100 --eval_rows=64", folder)
+    short = "config/toy.py --batch_size=32 --max_iters=200 --eval_interval=200 --eval_rows=64"
+    python(f"train_decoder.py {short}", folder)
+    python(f"train_diffusion.py {short}", folder)
     python("probes.py config/toy.py", folder)
     with open(folder / "prefixes.txt", "w") as f:
         f.writelines(pick_one(OPENING, np.random.default_rng(i)) + ".\n" for i in range(8))

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import InputError, declared, parse_arguments, read_config, read_json_lines, write_file
+from configurator import (
+    InputError,
+    alone,
+    declared,
+    parse_arguments,
+    read_config,
+    read_json_lines,
+    write_file,
+)
 
 SETTINGS = {
     "batch_size": (64, "rows"),
@@ -43,6 +51,8 @@ def test_booleans_can_be_switched_off_and_later_values_win():
         (["--learning_rate=fast"], "learning_rate must be a number"),
         (["--learning_rate=nan"], "learning_rate must be a number"),
         (["--batch_size"], "--batch_size needs a value"),
+        (["--prefix", "--batch_size=8"], "--prefix needs a value"),
+        (["--batch_size", "9" * 20], "batch_size must be a whole number"),
         (["no_such_config.py"], "cannot read config file no_such_config.py"),
     ],
 )
@@ -94,6 +104,8 @@ def test_a_config_file_sets_shared_values_and_those_of_its_script(tmp_path):
         ("sample = 3", "sample is a script"),
         ("steps = 'many'", "steps must be a whole number"),
         ("steps =", "line 1"),
+        ("steps = seed = 3", "only `key = value`"),
+        ("steps = " + "-" * 100_000 + "1", "line 1"),
     ],
 )
 def test_a_bad_config_file_is_named_with_its_line(tmp_path, text, message):
@@ -138,6 +150,17 @@ def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="it is not a file"):
         write_file(tmp_path / "pipe", "text")
+
+
+def test_two_runs_do_not_write_the_same(tmp_path):
+    with alone(f"{tmp_path}/new/decoder"):
+        with pytest.raises(InputError, match="another run is at work on"), alone(f"{tmp_path}/new/decoder"):
+            pass
+        with alone(f"{tmp_path}/new/diffusion"):
+            pass
+    with alone(f"{tmp_path}/new/decoder"):
+        pass
+    assert not os.listdir(tmp_path / "new")
 
 
 @given(st.binary(max_size=200))

@@ -1,5 +1,6 @@
 """Every script, as users type it, on the toy. Run: python -m pytest tests/test_scripts.py"""
 
+import base64
 import glob
 import json
 import os
@@ -15,8 +16,8 @@ from configurator import InputError, batch_index, write_json
 from model import DGLM
 from prepare import judge_text
 
-DECODER = "train_decoder.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
-DIFFUSION = "train_diffusion.py config/toy.py --max_iters=20 --eval_interval=10 --eval_rows=32"
+SHORT = "config/toy.py --batch_size=16 --max_iters=20 --eval_interval=10 --eval_rows=32"
+DECODER, DIFFUSION = f"train_decoder.py {SHORT}", f"train_diffusion.py {SHORT}"
 
 
 def sampled(project, guide, extra=""):
@@ -173,6 +174,10 @@ FILES = {
     "binary.txt": b"\xff\xfe\x00",
     "cut.jsonl.gz": b"\x1f\x8b\x08\x00\x00\x00",
     "bad.tiktoken": "no ranks here",
+    "no_bytes.tiktoken": "".join(
+        f"{base64.b64encode(bytes([65 + i // 256, i % 256]) if i < 512 else bytes([i % 256])).decode()} {i}\n"
+        for i in range(768)
+    ),
 }
 MINI = "--encoder=all-MiniLM-L6-v2 --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300"
 
@@ -205,6 +210,7 @@ BAD = [
         "does not have 9999 entries",
     ),
     ("prepare.py config/toy.py --block_size=20", "made with other max_documents, block_size"),
+    (f"prepare.py --dataset=blank.txt {MINI[:-3]}257 --tokenizer=no_bytes.tiktoken", "lack a byte"),
     ("prepare.py --judge=no_text.jsonl", "not a file of sample.py"),
     ("probes.py", "say --data"),
     ("probes.py --data=one_label.jsonl", "the only label is 'x'"),
@@ -212,8 +218,10 @@ BAD = [
     ("probes.py --data=few.jsonl", "only 1 rows with the label 'y'"),
     ("probes.py --data=empty.jsonl", "holds no labelled text"),
     ("probes.py --data=few.jsonl --name=../few", "a name, not a path"),
+    ("probes.py --data=few.jsonl,data/few.jsonl", "two would make one probe"),
     ("probes.py --data=mystery", "sentiment, toxicity, topic"),
     ("train_decoder.py --dataset=unprepared", "is not prepared"),
+    ("train_decoder.py --dataset=other/toy.txt", "was prepared from toy, not from other/toy.txt"),
     ("train_decoder.py config/toy.py --out_dir=out/x --init_from=out/toy", "config.json is missing"),
     ("train_decoder.py config/toy.py --out_dir=blank.txt", "File exists: blank.txt"),
     ("train_decoder.py config/toy.py --n_embd=192", "holds a network of other sizes"),
@@ -224,6 +232,9 @@ BAD = [
     ("train_decoder.py config/toy.py --out_dir=out/x --n_head=0", "n_head=0"),
     ("train_decoder.py config/toy.py --out_dir=out/x --grad_clip=0", "grad_clip=0.0: must be above 0"),
     ("train_decoder.py config/toy.py --out_dir=out/x --beta1=1", "beta1=1.0"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --noise_scale=inf", "noise_scale=inf"),
+    ("train_decoder.py config/toy.py --out_dir=out/x --batch_size=1000000000000000", "out of memory"),
+    ("train_diffusion.py config/toy.py --out_dir=out/x --null_probability=2", "null_probability=2.0"),
     ("probes.py config/toy.py --weight=-5", "weight=-5.0"),
     ("train_decoder.py config/toy.py --seed=-1", "seed=-1"),
     ("train_diffusion.py config/toy.py --out_dir=out/x --width=0", "d=0 must divide by 64"),
