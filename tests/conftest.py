@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,6 +36,13 @@ def python(command, cwd, **kwargs):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def side_by_side(commands, cwd, **env):
+    """`python COMMAND` of each, two at a time, on a core each; their standard outputs."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: python(command, cwd, env=env), commands))
 
 
 def digest(folder):
@@ -79,10 +87,9 @@ def project(tmp_path_factory):
         shutil.copy(name, folder)
     shutil.copytree(f"{ROOT}/config", folder / "config")
     python("prepare.py config/toy.py --max_documents=1200", folder)
-    short = "config/toy.py --batch_size=32 --max_iters=200 --eval_interval=200 --eval_rows=64"
-    python(f"train_decoder.py {short}", folder)
-    python(f"train_diffusion.py {short}", folder)
-    python("probes.py config/toy.py", folder)
+    short = "config/toy.py --batch_size=32 --warmup_iters=50 --eval_rows=64 --eval_interval=200 --max_iters"
+    stages = f"train_decoder.py {short}=200", f"train_diffusion.py {short}=150", "probes.py config/toy.py"
+    side_by_side(stages, folder)
     with open(folder / "prefixes.txt", "w") as f:
         f.writelines(pick_one(OPENING, np.random.default_rng(i)) + ".\n" for i in range(8))
     return folder

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import side_by_side
 from safetensors import safe_open
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -36,26 +37,20 @@ def clone(tmp_path_factory):
     return folder
 
 
-def sampled(clone, *arguments):
-    command = [sys.executable, "sample.py", *arguments]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=offline)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_readmes_first_command_writes_a_text(clone):
-    text = sampled(clone, "--prefix", "The movie was", "--guide", "negative")
+    command = ["sample.py", "--prefix", "The movie was", "--guide", "negative"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    options = {"cwd": clone, "capture_output": True, "text": True, "check": True, "env": offline}
+    text = subprocess.run([sys.executable, *command], **options).stdout
     assert text.startswith("The movie was ") and len(text.split()) > 10
 
 
 def test_the_two_sentiments_read_differently(clone):
     """By words that reviewers use, of which the probes know nothing."""
-    surplus = {}
-    for guide in ("negative", "positive"):
-        text = sampled(clone, "--prefix", "FILE:prefixes.txt", "--guide", guide, "--num_samples", "6")
-        surplus[guide] = len(re.findall(NEGATIVE, text)) - len(re.findall(POSITIVE, text))
-    assert surplus["negative"] > 5 and surplus["positive"] < -5, surplus
+    command = "sample.py --prefix FILE:prefixes.txt --num_samples 6 --guide"
+    texts = side_by_side([f"{command} negative", f"{command} positive"], clone, HF_HUB_OFFLINE="1")
+    negative, positive = (len(re.findall(NEGATIVE, t)) - len(re.findall(POSITIVE, t)) for t in texts)
+    assert negative > 5 and positive < -5
 
 
 def test_the_box_is_small_and_says_what_it_is():

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import side_by_side
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import models as layers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -152,14 +153,16 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
+def variables(hub):
+    return {"HF_ENDPOINT": hub[0], "HF_HOME": str(hub[1] / "hf"), "HF_HUB_DISABLE_XET": "1"}
+
+
 def python(hub, command, code=""):
     """`python COMMAND`, or `python -c CODE`, in the project, with the server for a hub; its standard
     output.
     """
-    address, project = hub
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(project / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    arguments = ["-c", code] if code else command.split()
-    done = subprocess.run([sys.executable, *arguments], cwd=project, env=env, capture_output=True, text=True)
+    arguments, env = ["-c", code] if code else command.split(), os.environ | variables(hub)
+    done = subprocess.run([sys.executable, *arguments], cwd=hub[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -176,8 +179,9 @@ def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
     meta = json.loads((hub[1] / "data/c4/meta.json").read_text())
     assert meta["encoder"] == "sentence-transformers/sentence-t5-xl" and meta["E"] == 64
     small = "--max_iters=1 --eval_rows=8 --batch_size=4"
-    python(hub, f"train_decoder.py --generator_width=64 --generator_layers=1 {small}")
-    python(hub, f"train_diffusion.py --width=64 --layers=2 {small}")
+    decoder = f"train_decoder.py --generator_width=64 --generator_layers=1 {small}"
+    diffusion = f"train_diffusion.py --width=64 --layers=2 {small}"
+    side_by_side([decoder, diffusion], hub[1], **variables(hub))
     python(hub, "probes.py --data=sentiment,toxicity,topic")
     assert python(
         hub, "sample.py --prefix Today --guide toxic:5,sports --steps=2 --max_new_tokens=4"

@@ -1,32 +1,23 @@
 """Two processes of torchrun do what one does. Run: python -m pytest tests/test_processes.py"""
 
 import json
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import python
+from conftest import python, side_by_side
 
 SMALL = "--max_iters=6 --eval_interval=3 --eval_rows=32 --gradient_accumulation=2 --batch_size=16"
 
 
-def torchrun(command, cwd):
-    """The command in two processes, which meet over gloo on the loopback address."""
-    prefix = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    done = subprocess.run(
-        [sys.executable, *prefix.split(), *command.split()], cwd=cwd, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+TWO = "-m torch.distributed.run --standalone --nproc_per_node=2"  # over gloo, on the loopback address
 
 
 @pytest.mark.parametrize("script", ["train_decoder", "train_diffusion"])
 def test_two_processes_train_as_one_does(project, script):
     """The same total batch gives the same losses and weights, to rounding."""
     command = f"{script}.py config/toy.py {SMALL}"
-    python(f"{command} --out_dir=out/one_{script}", project)
-    torchrun(f"{command} --out_dir=out/two_{script}", project)
+    one, two = f"{command} --out_dir=out/one_{script}", f"{TWO} {command} --out_dir=out/two_{script}"
+    side_by_side([one, two], project)
     name = script.removeprefix("train_")
     one, two = (
         json.loads((project / f"out/{f}_{script}/{name}.json").read_text())["history"] for f in ("one", "two")
@@ -38,18 +29,12 @@ def test_two_processes_train_as_one_does(project, script):
 
 def test_two_processes_prepare_the_windows_of_one(project, tmp_path):
     """In another order, and with the same mean and deviation."""
-    shutil.copytree(project / "config", tmp_path / "config")
-    for path in project.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    command = "prepare.py config/toy.py --max_documents=101"
-    torchrun(command, tmp_path)
-    shutil.move(tmp_path / "data", tmp_path / "two")
-    python(command, tmp_path)
-    one, two = (json.loads((tmp_path / f"{f}/toy/meta.json").read_text()) for f in ("data", "two"))
+    python(f"{TWO} {project}/prepare.py {project}/config/toy.py --max_documents=1200", tmp_path)
+    one, two = (json.loads((folder / "data/toy/meta.json").read_text()) for folder in (project, tmp_path))
     assert one["N"] == two["N"] and one["tokenizer"] == two["tokenizer"]
     assert one["mean"] == pytest.approx(two["mean"], abs=1e-4)
     assert one["std"] == pytest.approx(two["std"], abs=1e-4)
-    assert not list((tmp_path / "two/toy").glob("part-*"))
+    assert not list((tmp_path / "data/toy").glob("part-*"))
     for split in ("train", "val"):
-        rows = [np.load(tmp_path / f"{f}/toy/{split}/tokens.npy") for f in ("data", "two")]
+        rows = [np.load(folder / f"data/toy/{split}/tokens.npy") for folder in (project, tmp_path)]
         assert sorted(map(tuple, rows[0])) == sorted(map(tuple, rows[1]))

@@ -10,9 +10,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import call, digest, kill_when, python
+from conftest import call, digest, kill_when, python, side_by_side
 
-from configurator import InputError, batch_index, write_json
+from configurator import InputError, batch_index, read_json_lines, write_json
 from model import DGLM
 from prepare import judge_text
 
@@ -20,31 +20,36 @@ SHORT = "config/toy.py --batch_size=16 --max_iters=20 --eval_interval=10 --eval_
 DECODER, DIFFUSION = f"train_decoder.py {SHORT}", f"train_diffusion.py {SHORT}"
 
 
-def sampled(project, guide, extra=""):
-    command = f"sample.py --prefix FILE:prefixes.txt --guide {guide} --num_samples 6 --max_new_tokens 40"
-    python(f"{command} --out s.jsonl {extra}", project)
-    with open(project / "s.jsonl") as f:
-        return [json.loads(line) for line in f]
+GUIDES = ("none", "sentiment=negative", "positive", "negative:20,food:20")
 
 
-def test_guidance_steers_the_text_by_the_grammars_own_truth(project):
-    """From neutral prefixes. The probes that guide do not judge."""
+@pytest.fixture(scope="module")
+def steered(project):
+    """{guide: the rows that sample.py writes} from neutral prefixes, for each of GUIDES."""
+    options = "--prefix FILE:prefixes.txt --num_samples 6 --max_new_tokens 40 --seed 5"
+    side_by_side([f"sample.py {options} --guide {guide} --out {guide}.jsonl" for guide in GUIDES], project)
+    return {guide: list(read_json_lines(f"{project}/{guide}.jsonl")) for guide in GUIDES}
+
+
+def test_guidance_steers_the_text_by_the_grammars_own_truth(steered):
+    """The probes that guide do not judge."""
     share = {}
-    for guide in ("negative", "positive"):
-        verdicts = [judge_text(row["continuation"])[0] for row in sampled(project, guide)]
+    for guide in ("sentiment=negative", "positive"):
+        verdicts = [judge_text(row["continuation"])[0] for row in steered[guide]]
         share[guide] = verdicts.count("negative") / len(verdicts)
-    assert share["negative"] - share["positive"] > 0.5, share
+    assert share["sentiment=negative"] - share["positive"] > 0.5, share
 
 
-def test_two_guides_steer_together(project):
-    rows = sampled(project, "negative:20,food:20")
-    alone = sampled(project, "none")
-    hits = [sum(judge_text(r["continuation"])[:2] == ("negative", "food") for r in x) for x in (rows, alone)]
-    assert hits[0] > hits[1] + 4, hits
+def test_two_guides_steer_together(steered):
+    hits = {
+        guide: sum(judge_text(row["continuation"])[:2] == ("negative", "food") for row in steered[guide])
+        for guide in ("none", "negative:20,food:20")
+    }
+    assert hits["negative:20,food:20"] > hits["none"] + 4, hits
 
 
-def test_sample_writes_what_it_promises(project):
-    rows = sampled(project, "sentiment=negative", "--seed 5 --steps 2")
+def test_sample_writes_what_it_promises(steered):
+    rows = steered["sentiment=negative"]
     assert len(rows) == 48
     for row in rows:
         assert set(row) == {"prefix", "continuation", "guide", "seed", "similarity", "probes"}
@@ -67,9 +72,8 @@ def test_what_python_passes_wrongly_is_named(project, prefixes, options):
         list(DGLM(f"{project}/out/toy").generate(prefixes, **options))
 
 
-def test_the_judge_reads_the_samples(project):
-    sampled(project, "negative", "--steps 2")
-    assert "negative" in python("prepare.py --judge s.jsonl", project)
+def test_the_judge_reads_the_samples(project, steered):
+    assert "negative" in python("prepare.py --judge none.jsonl", project)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -77,22 +81,19 @@ def test_other_samplers_and_classifier_free_guidance_run(project, sampler):
     assert python(f"sample.py --sampler {sampler} --steps 3 --cfg_scale 2 --guide sports:5", project).strip()
 
 
-def test_prepare_resumes_to_the_same_bytes(project, tmp_path):
+def test_prepare_resumes_to_the_same_bytes(project, tmp_path, monkeypatch):
     code = "import prepare, configurator; prepare.SHARD = 64; configurator.run(prepare.main, vars(prepare), "
     code += "['config/toy.py', '--max_documents=300'])"
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
         shutil.copytree(project / "config", folder / "config")
-    env = os.environ | {"PYTHONPATH": str(project)}
-    subprocess.run([sys.executable, "-c", code], cwd=folders[0], check=True, capture_output=True, env=env)
-    os.environ["PYTHONPATH"] = str(project)
-    try:
-        kill_when(["-c", code], folders[1], lambda: os.path.exists(folders[1] / "data/toy/progress.json"))
-    finally:
-        del os.environ["PYTHONPATH"]
-    assert not os.path.exists(folders[1] / "data/toy/meta.json")
-    subprocess.run([sys.executable, "-c", code], cwd=folders[1], check=True, capture_output=True, env=env)
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    undisturbed = subprocess.Popen([sys.executable, "-c", code], cwd=folders[0], stderr=subprocess.DEVNULL)
+    kill_when(["-c", code], folders[1], lambda: os.path.exists(folders[1] / "data/toy/progress.json"))
+    assert undisturbed.wait() == 0 and not os.path.exists(folders[1] / "data/toy/meta.json")
+    subprocess.run([sys.executable, "-c", code], cwd=folders[1], check=True, capture_output=True)
     assert digest(folders[0] / "data") == digest(folders[1] / "data")
 
 
