@@ -473,9 +473,10 @@ class Data:
                 f"{self.folder} is not prepared, or not wholly: run prepare.py, with your config file"
             )
         self.meta = read_own_json(f"{self.folder}/meta.json", DATA_FORMAT)
-        source = self.meta["settings"]["dataset"]
-        same = dataset == data_name(dataset) or os.path.realpath(source) == os.path.realpath(dataset)
-        hint = f"rename one, or say --dataset {data_name(dataset)}"
+        source, name = self.meta["settings"]["dataset"], data_name(dataset)
+        here = dataset != name and os.path.exists(dataset)
+        same = not here or os.path.realpath(source) == os.path.realpath(dataset)
+        hint = f"rename one, or say --dataset {name}"
         check(same, f"{self.folder} was prepared from {source}, not from {dataset}: {hint}")
         options = {"desc": f"check {self.folder}", "leave": False, "delay": 2, "disable": RANK > 0}
         for path, digest in tqdm(self.meta["sha256 of"].items(), **options):

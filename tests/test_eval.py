@@ -105,8 +105,8 @@ def judge_lm(tmp_path_factory):
 
 
 def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
-    """In batches of several lengths as one by one in transformers; an empty text costs nothing."""
-    prefixes, written = ["The food", "A much longer prefix than that", ""], [" was good", "", "Oh"]
+    """In batches of several lengths as one by one in transformers, whatever the text; none costs nothing."""
+    prefixes, written = ["The food", "A much longer prefix than that", ""], [" was good", "", "<|endoftext|>"]
     nats, tokens, features = evaluation.LanguageModel(str(judge_lm), "cpu").read(prefixes, written)
     model = transformers.AutoModelForCausalLM.from_pretrained(judge_lm)
     for prefix, text, nat, count in zip(prefixes, written, nats, tokens):

@@ -207,3 +207,8 @@ def test_sentence_t5_from_a_folder_gives_unit_vectors(tmp_path):
     x = load_encoder(str(sentence_t5(tmp_path)))(["The soup was really good.", "We flew to an island."])
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-2)
     assert x.shape == (2, 64) and abs(x[0] @ x[1]) < 0.999
+
+
+def test_special_tokens_in_a_text_are_plain_to_the_encoder():
+    x, spaced = load_encoder("all-MiniLM-L6-v2")(["Good [SEP] bad", "Good [ SEP ] bad"])
+    assert x @ spaced > 0.999
