@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 
@@ -145,7 +145,7 @@ def read_config(path, script, settings):
 
 def parse_arguments(arguments, script, settings):
     """The command line -> {key: value}; later ones win. Raises InputError, or SystemExit(0) after --help."""
-    values, rest, options = {}, list(arguments), {f"--{key}" for key in settings}
+    values, rest = {}, list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
@@ -166,7 +166,7 @@ def parse_arguments(arguments, script, settings):
             flag = isinstance(default, bool)
             if flag and not (rest and rest[0].lower() in ("true", "false")):
                 value = "true"
-            elif rest and rest[0].partition("=")[0] not in options:
+            elif rest and not re.fullmatch(r"--\w+(=.*)?", rest[0], re.DOTALL):  # the next option
                 value = rest.pop(0)
             else:
                 raise InputError(f"command line: --{key} needs a value")
@@ -242,9 +242,12 @@ def write_file(path, content):
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read
         os.replace(temporary, target)
-    except Exception as e:  # safetensors raises its own kind on a full disk
+    except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        # safetensors raises its own kind on a full disk
         raise InputError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
@@ -267,7 +270,8 @@ def alone(path):
         try:
             yield
         finally:
-            os.remove(lock.name)
+            with suppress(FileNotFoundError):
+                os.remove(lock.name)
 
 
 def read_json(path):
@@ -458,6 +462,7 @@ def data_name(dataset):
     return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
 
 
+DATASETS = ("toy", "c4", "openwebtext")  # beside paths
 COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
 
 
@@ -475,7 +480,7 @@ class Data:
         self.meta = read_own_json(f"{self.folder}/meta.json", DATA_FORMAT)
         source, name = self.meta["settings"]["dataset"], data_name(dataset)
         here = dataset != name and os.path.exists(dataset)
-        same = not here or os.path.realpath(source) == os.path.realpath(dataset)
+        same = not here or source not in DATASETS and os.path.realpath(source) == os.path.realpath(dataset)
         hint = f"rename one, or say --dataset {name}"
         check(same, f"{self.folder} was prepared from {source}, not from {dataset}: {hint}")
         options = {"desc": f"check {self.folder}", "leave": False, "delay": 2, "disable": RANK > 0}
@@ -817,7 +822,7 @@ def deferred_interrupt():
         if interrupted and time.monotonic() > interrupted[0] + 1:  # torchrun may say it twice
             raise KeyboardInterrupt
         interrupted.append(time.monotonic())
-        print("\nends this step and saves it; once more stops at once", file=sys.stderr)
+        os.write(2, b"\nends this step and saves it; once more stops at once\n")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -36,6 +36,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache, partial
 
@@ -864,16 +865,18 @@ def main(settings):
     for name in filter(os.path.exists, given):
         files += filter(os.path.isfile, [name, *sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))])
     made_from = {name: sha256(name) for name in files} | {"judges": judge_names()}
-    books = {name: Book(name, settings, made_from) for name in wanted}
-    bench = None
-    for name, book in books.items():
-        if book.whole is None:
-            bench = bench or Bench(model, list(dict.fromkeys(map(bare, labels))))
-            with alone(f"{results}/{name}"):
+    with ExitStack() as locks:
+        for name in wanted:
+            locks.enter_context(alone(f"{results}/{name}"))
+        books = {name: Book(name, settings, made_from) for name in wanted}
+        bench = None
+        for name, book in books.items():
+            if book.whole is None:
+                bench = bench or Bench(model, list(dict.fromkeys(map(bare, labels))))
                 book.finish(TASKS[name](bench, book))
-        print(f"\n{name}, fluency by {judge_lm}")
-        show(book.whole["table"])
-        plot(name, book.whole["table"], f"{results}/{name}.png")
+            print(f"\n{name}, fluency by {judge_lm}")
+            show(book.whole["table"])
+            plot(name, book.whole["table"], f"{results}/{name}.png")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from configurator import (
     COLUMNS,
     DATA_FORMAT,
+    DATASETS,
     PROCESSES,
     RANK,
     InputError,
@@ -475,10 +476,20 @@ def main(settings):
     own = dataset != "toy" or max_documents <= 1_000_000
     check(own, "the toy has settings of its own: python prepare.py config/toy.py")
     folder = f"data/{data_name(dataset)}"
+    source, place = documents(), pick_device(device)
+    join_processes(place)
+    with alone(f"{folder}/prepare"):
+        if PROCESSES > 1:
+            torch.distributed.barrier()  # whose first has the lock
+        prepare(folder, settings, source, place)
+
+
+def prepare(folder, settings, source, place):
+    """Writes the folder, or what of it is missing."""
     meta_path = f"{folder}/meta.json"
     part = f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder
     choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
-    if dataset not in ("toy", "c4", "openwebtext") and os.path.exists(dataset):
+    if dataset not in DATASETS and os.path.exists(dataset):
         choice["size of files"] = [os.path.getsize(path) for path in text_files()]
     for path, version in ((meta_path, DATA_FORMAT), (f"{part}/progress.json", PROGRESS_FORMAT)):
         made = read_own_json(path, version) if os.path.exists(path) else {"settings": choice}
@@ -489,23 +500,20 @@ def main(settings):
             whole = os.path.exists(f"{folder}/{path}")
             check(whole, f"{folder}/{path} is missing: remove {folder} and prepare it again")
         return print(f"{folder} is prepared already")
-    place = pick_device(device)
-    source, ranks, encode = documents(), choose_ranks(), load_encoder(encoder, place)
-    join_processes(place)
-    with alone(f"{folder}/prepare"):
-        progress = write_part(part, choice, source, ranks, encode)
-        if PROCESSES > 1:
-            torch.distributed.barrier()
-            progress = join_parts(folder) if RANK == 0 else None
-        if RANK == 0:
-            finish(folder, progress)
+    progress = write_part(part, choice, source, place)
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+        progress = join_parts(folder) if RANK == 0 else None
+    if RANK == 0:
+        finish(folder, progress)
 
 
-def write_part(folder, choice, source, ranks, encode):
+def write_part(folder, choice, source, place):
     """Writes the arrays of this process's share of the documents -> what progress.json holds at their end:
     documents and windows done, and of the continuations' embeddings the sum and the sum of squares.
     """
-    bpe, flags = make_tokenizer(ranks), token_flags(ranks)
+    ranks = choose_ranks()
+    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, place)
     E, path = encode(["width"]).shape[1], f"{folder}/progress.json"
     os.makedirs(folder, exist_ok=True)
     write_ranks(f"{folder}/tokenizer.tiktoken", ranks)

@@ -58,15 +58,12 @@ def main(settings):
     options["progress"] = lambda levels: tqdm(levels, desc="diffuse", leave=False)
     texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, batch_size, **options)
     rows = [p for p in prefixes for _ in range(num_samples)]
-    written, proposals, interrupted = [], [], False
-    try:
-        for before, (text, proposal) in zip(rows, texts):
-            print(" ".join((before + text).split()), flush=True)
-            written.append(text)
-            proposals.append(proposal)
-    except KeyboardInterrupt:
-        interrupted = True
-    if out and written:
+    written, proposals = [], []
+    for before, (text, proposal) in zip(rows, texts):
+        print(" ".join((before + text).split()), flush=True)
+        written.append(text)
+        proposals.append(proposal)
+    if out:
         x = model.encode(written)  # read back, to see what became of the proposal
         similarity = F.cosine_similarity(x, torch.stack(proposals)).tolist()
         says = {probe.name: (probe.classes, probe.log_prob(x).exp().tolist()) for probe in model.probes}
@@ -77,8 +74,6 @@ def main(settings):
             record["probes"] = {name: dict(zip(classes, p[i])) for name, (classes, p) in says.items()}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_file(out, "".join(lines))
-    if interrupted:
-        raise KeyboardInterrupt(f"interrupted after {len(written)} of {len(rows)} texts")
 
 
 if __name__ == "__main__":

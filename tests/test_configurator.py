@@ -51,7 +51,7 @@ def test_booleans_can_be_switched_off_and_later_values_win():
         (["--learning_rate=fast"], "learning_rate must be a number"),
         (["--learning_rate=nan"], "learning_rate must be a number"),
         (["--batch_size"], "--batch_size needs a value"),
-        (["--prefix", "--batch_size=8"], "--prefix needs a value"),
+        (["--prefix", "--batchsize=8"], "--prefix needs a value"),
         (["--batch_size", "9" * 20], "batch_size must be a whole number"),
         (["no_such_config.py"], "cannot read config file no_such_config.py"),
     ],
