@@ -145,8 +145,9 @@ def main(settings):
     live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
     weights = ema.state_dict
     with alone(f"{folder}/diffusion"):
-        stage = "diffusion", folder, settings, data, READ, model, network
-        train(*stage, live, weights, loss, evaluate, average)
+        train(
+            "diffusion", folder, settings, data, READ, model, network, live, weights, loss, evaluate, average
+        )
 
 
 if __name__ == "__main__":

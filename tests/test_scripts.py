@@ -72,7 +72,8 @@ def test_what_python_passes_wrongly_is_named(project, prefixes, options):
 
 
 def test_the_judge_reads_the_samples(project, steered):
-    assert "negative" in python("prepare.py --judge none.jsonl", project)
+    table = python("prepare.py --judge none.jsonl", project).splitlines()
+    assert table[1].split()[:2] == ["none", "48"] and len(table) == 2
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
