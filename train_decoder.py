@@ -8,32 +8,35 @@ proposal as far as it can be trusted.
     python train_decoder.py config/toy.py
     python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz
     python train_decoder.py                                              # the paper: gpt2-large on c4
+    torchrun --standalone --nproc_per_node=8 train_decoder.py            # the same on 8 GPUs
 
-The same command again continues an interrupted run.
+The same command again continues an interrupted run from its last validation.
 """
 
 import math
+import os
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from configurator import (
-    PROCESSES,
-    Data,
-    alone,
-    autocast,
-    check,
-    data_name,
-    generator_at,
-    pick_device,
-    run,
-    share,
-    summed,
-    train,
-    write_ranks,
+from configurator import check, run
+from model import (
+    GPT,
+    Decoder,
+    GPTConfig,
+    PromptGenerator,
+    Sampling,
+    configure_optimizers,
+    cosine_log_snr,
+    diffuse,
+    make_tokenizer,
+    schedule,
 )
-from model import GPT, Decoder, GPTConfig, PromptGenerator, cosine_log_snr, diffuse, make_tokenizer, write
+from storage import Data, autocast, generator_at, load_checkpoint, pick_device, save_weights, write_file
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
@@ -45,12 +48,12 @@ generator_width = 768  # prompt generator: width, a multiple of 64
 generator_layers = 6  # prompt generator: blocks
 soft_tokens = 8  # prompt generator: tokens that it writes
 noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this
-batch_size = 64  # windows in a forward pass
+batch_size = 64  # windows in a forward pass, of all processes together
 gradient_accumulation = 1  # forward passes in a step
 max_iters = 250_000  # optimizer steps
 learning_rate = 5e-6  # at its peak
 warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0
-weight_decay = 1e-7  # shrinkage of the matrices a step at the peak rate, whatever that is
+weight_decay = 1e-7  # a step at the peak rate multiplies the matrices by 1 - this
 beta1 = 0.9  # AdamW
 beta2 = 0.99  # AdamW
 muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
@@ -62,85 +65,146 @@ compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
-READ = ("tokens", "length", "split", "cont_emb")
+INPUTS = ("tokens", "length", "split", "cont_emb")
 NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the validation
 
 
 def main(settings):
-    check(0 < noise_scale < math.inf, f"noise_scale={noise_scale}: must be above 0")
-    place = pick_device(device)
-    data = Data(dataset)
-    folder = out_dir or f"out/{data_name(dataset)}"
+    global device, out_dir
+    device, data = pick_device(device), Data(dataset)
+    out_dir = out_dir or f"out/{data.meta['name']}"
+    check_settings()
+    os.makedirs(out_dir, exist_ok=True)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    check(batch_size % world_size == 0, f"batch_size={batch_size} must divide by {world_size} processes")
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+    # ---- the networks, their optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
+    E, vocab_size, block_size = (data.meta[key] for key in ("E", "vocab_size", "block_size"))
     if init_from == "scratch":
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        positions = data.meta["block_size"] + soft_tokens
-        gpt = GPT(GPTConfig(vocab_size=data.meta["vocab_size"], n_positions=positions, **sizes))
+        gpt = GPT(GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd))
     else:
         gpt = GPT.from_pretrained(init_from)
-        vocab, positions = gpt.config.vocab_size, gpt.config.n_positions
-        here = data.meta["vocab_size"]
-        check(
-            vocab == here,
-            f"{data.folder} has a vocabulary of {here}, {init_from} of {vocab}: prepare it anew",
-        )
-        longest = data.meta["block_size"] + soft_tokens
-        check(longest <= positions, f"{init_from} has only {positions} positions, {longest} are needed")
-    E = data.meta["E"]
+        fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= block_size + soft_tokens
+        check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
     generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
+    decoder = Decoder(gpt, PromptGenerator(**generator)).to(device)
+    optimizers = configure_optimizers(decoder, learning_rate, (beta1, beta2), weight_decay, muon)
     network = {"gpt": asdict(gpt.config), "generator": generator}
-    decoder = Decoder(gpt, PromptGenerator(**generator)).to(place)
-    tokenizer = make_tokenizer(data.ranks())
-    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (decoder.gpt, decoder.generator)]
-    print(f"decoder {counts[0]:.1f} M weights, prompt generator {counts[1]:.1f} M, on {place}")
-    print(f"{data.size('train'):,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
+    made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
+    path = f"{out_dir}/decoder.pt"
+    start, history = 0, []
+    if resume and os.path.exists(path):
+        checkpoint = load_checkpoint(path, made_with, device)
+        start, history = checkpoint["step"], checkpoint["history"]
+        print(f"resuming {path} at step {start} of {max_iters}")
+        decoder.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    if compile:
+        decoder.compile()
+    net = DistributedDataParallel(decoder) if world_size > 1 else decoder
+    print(f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M weights, on {device}")
+    print(f"{data.size['train']:,} windows of up to {block_size} tokens from {data.folder}")
 
-    def loss(net, rows, rng):
-        tokens, length, split, x = rows
-        n = len(x) * PROCESSES  # all processes draw alike, and each keeps its share
-        log_snr = cosine_log_snr(share(torch.rand(n, generator=rng, device=place)), noise_scale)
-        z = diffuse(x, share(torch.randn((n, E), generator=rng, device=place)), log_snr)
-        value = net(tokens, length, split, z, log_snr.sigmoid())
-        if PROCESSES > 1:  # a mean over tokens, of which the processes do not have equally many
-            count = (length - (split > 0).long()).sum()
-            value = value * count * PROCESSES / summed(count.clone())
-        return value, value
+    # ---- training ----
+    def read_batch(number):
+        return data.batch(number, batch_size, seed, slice(rank, None, world_size), INPUTS, device)
 
-    @torch.no_grad()
-    def evaluate():
-        """Losses of the continuations, told their own proposals and those of other rows; prints two texts."""
-        rows = np.arange(min(eval_rows, data.size("val")))
-        totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
-        for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            tokens, length, split, x = data.rows("val", index, READ, place)
-            other = x.roll(len(x) // 2, 0)  # far enough to be of another document
-            eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
-            for level in totals:
-                sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
-                alpha2 = torch.full((len(x),), 1 - sigma2, device=place)
-                z = (1 - sigma2) ** 0.5 * (other if level == "shuffled" else x) + sigma2**0.5 * eps
-                with autocast(place):
-                    value = decoder(tokens, length, split, z, alpha2, continuation_only=True)
-                totals[level] += value.item() * len(index) / len(rows)
-        check(math.isfinite(sum(totals.values())), "the loss is not finite")
-        index = rows[:2]
-        tokens, length, split, x = data.rows("val", index, READ, place)
-        prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
-        room = positions - soft_tokens - max(map(len, prompts))
-        options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}
-        texts = write(decoder, tokenizer, prompts, x, min(32, room), **options)
-        for row, end, n, text in zip(tokens, length, split, texts):
-            print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
-            print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
-        mean = sum(totals[level] for level in NOISE_LEVELS) / len(NOISE_LEVELS)
-        return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
+    batch = read_batch(start * gradient_accumulation)
+    bar = tqdm(range(start, max_iters), "decoder", max_iters, initial=start, disable=rank > 0)
+    losses, skipped = [], 0  # since the last validation
+    for step in bar:
+        for optimizer, peak in zip(optimizers, (learning_rate, muon)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule(step, warmup_iters, max_iters)
 
-    def weights():
-        write_ranks(f"{folder}/tokenizer.tiktoken", data.ranks())
-        return decoder.state_dict()
+        for number in range(step * gradient_accumulation, (step + 1) * gradient_accumulation):
+            # x: embeddings of the continuations (B, E), noised to a random level
+            tokens, length, split, x = batch
+            rng = generator_at(device, seed, 0, number, rank)
+            log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=device), noise_scale)
+            z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
+            with autocast(device):
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid())  # cross-entropy, nats a token
+            (loss / gradient_accumulation).backward()
+            batch = read_batch(number + 1)  # while a GPU is at work
+            losses.append(loss.item())
 
-    with alone(f"{folder}/decoder"):
-        train("decoder", folder, settings, data, READ, decoder, network, {}, weights, loss, evaluate)
+        # take the step, unless the gradient overflowed
+        if torch.nn.utils.clip_grad_norm_(decoder.parameters(), grad_clip).isfinite():
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            skipped += 1
+        decoder.zero_grad(set_to_none=True)
+
+        if step % 10 == 0:
+            rate = optimizers[0].param_groups[0]["lr"]
+            bar.set_postfix_str(f"loss {np.mean(losses):.4f}, rate {rate:.1e}, skipped {skipped}")
+        due = (step + 1) % eval_interval == 0 or step + 1 == max_iters
+        if due and rank == 0:
+            record = {"step": step + 1, "train": float(np.mean(losses)), "skipped": skipped}
+            record |= evaluate(decoder, data)
+            bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            history.append(record)
+            if record["loss"] == min(past["loss"] for past in history):
+                with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
+                    write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
+                meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
+                save_weights(out_dir, "decoder", decoder.state_dict(), meta)
+            checkpoint = {
+                "made_with": made_with,
+                "step": step + 1,
+                "history": history,
+                "model": decoder.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
+            write_file(path, partial(torch.save, checkpoint))
+        if due:
+            losses, skipped = [], 0
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def evaluate(decoder, data):
+    """Losses of held-out continuations, told their own embeddings or other rows'; prints two texts."""
+    rows = np.arange(min(eval_rows, data.size["val"]))
+    totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
+    for number, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
+        tokens, length, split, x = data.rows("val", index, INPUTS, device)
+        other = x.roll(len(x) // 2, 0)  # far enough to be of another document
+        eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
+        for level in totals:
+            sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
+            log_snr = torch.full((len(x),), 1 - sigma2, device=device).logit()
+            z = diffuse(other if level == "shuffled" else x, eps, log_snr)
+            with autocast(device):
+                loss = decoder(tokens, length, split, z, log_snr.sigmoid(), continuation_only=True)
+            totals[level] += loss.item() * len(index) / len(rows)
+    check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
+
+    tokenizer = make_tokenizer(data.ranks)
+    tokens, length, split, x = data.rows("val", rows[:2], INPUTS, device)
+    prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
+    room = data.meta["block_size"] - max(1, *map(len, prompts))
+    rng = generator_at(device, seed, 2)
+    texts = decoder.write(tokenizer, prompts, x, min(32, room), Sampling(), rng)
+    for row, end, n, text in zip(tokens, length, split, texts):
+        print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
+        print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
+    mean = sum(totals[level] for level in NOISE_LEVELS) / len(NOISE_LEVELS)
+    return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
+
+
+def check_settings():
+    for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
+        check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
+    for key in ("learning_rate", "grad_clip", "noise_scale"):
+        check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
 
 
 if __name__ == "__main__":

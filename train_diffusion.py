@@ -3,61 +3,56 @@
 A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's
 embedding, given the prefix's. Squared error, weighted over noise levels, which are drawn where the loss is
 large. A tenth of the prefixes is replaced by a null vector, for classifier-free guidance. An exponential
-average of the weights is what samples.
+moving average (EMA) of the weights is what samples.
 
     python train_diffusion.py config/toy.py
     python train_diffusion.py config/reviews.py --dataset reviews.jsonl.gz
     python train_diffusion.py                                              # the paper: c4
+    torchrun --standalone --nproc_per_node=8 train_diffusion.py            # the same on 8 GPUs
 
-The same command again continues an interrupted run. Stages 1 and 2 do not depend on each other.
+The same command again continues an interrupted run from its last validation. No stage 1 is needed.
 """
 
 import copy
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from configurator import (
-    PROCESSES,
-    Data,
-    alone,
-    autocast,
-    check,
-    data_name,
-    generator_at,
-    pick_device,
-    run,
-    share,
-    train,
-)
+from configurator import check, run
 from model import (
-    AdaptiveNoise,
+    MAX_LOG_SNR,
     DiffusionTransformer,
+    NoiseBins,
+    Sampling,
+    configure_optimizers,
     diffuse,
-    diffusion_loss,
     load_decoder,
     loss_weight,
     make_tokenizer,
     sample,
+    schedule,
     update_ema,
     velocity,
-    write,
 )
+from storage import Data, autocast, generator_at, load_checkpoint, pick_device, save_weights, write_file
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
 width = 768  # of the transformer, a multiple of 64
 layers = 12  # blocks, an even number
 diffusion_tokens = 64  # tokens that an embedding is cut into
-batch_size = 256  # pairs in a forward pass
+batch_size = 256  # pairs in a forward pass, of all processes together
 gradient_accumulation = 1  # forward passes in a step
 max_iters = 250_000  # optimizer steps
 learning_rate = 1e-3  # at its peak
 warmup_iters = 1000  # steps of linear warm-up; then a cosine to 0
-weight_decay = 1e-4  # shrinkage of the matrices a step at the peak rate, whatever that is
+weight_decay = 1e-4  # a step at the peak rate multiplies the matrices by 1 - this
 beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
 muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
@@ -66,88 +61,169 @@ ema_decay = 0.9999  # of the average of the weights, after a warm-up
 null_probability = 0.1  # of hiding the prefix
 eval_interval = 5000  # steps between validations, each with a checkpoint
 eval_rows = 2048  # validation pairs; an eighth of them is sampled
-eval_steps = 20  # DPM-Solver++ steps of those samples
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
-READ = ("cont_emb", "prefix_emb", "split")
+INPUTS = ("cont_emb", "prefix_emb", "split")
 NOISE_LEVELS = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # log-SNR of the validation
 
 
 def main(settings):
-    check(1 <= eval_steps <= 1000, f"eval_steps={eval_steps}: must be from 1 to 1000")
-    for key in ("null_probability", "ema_decay"):
-        check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
-    place = pick_device(device)
-    data = Data(dataset)
-    folder = out_dir or f"out/{data_name(dataset)}"
+    global device, out_dir
+    device, data = pick_device(device), Data(dataset)
+    out_dir = out_dir or f"out/{data.meta['name']}"
+    check_settings()
+    os.makedirs(out_dir, exist_ok=True)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    check(batch_size % world_size == 0, f"batch_size={batch_size} must divide by {world_size} processes")
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+    # ---- the network, its average, its optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
     network = {"E": data.meta["E"], "d": width, "n": layers, "M": diffusion_tokens}
-    model = DiffusionTransformer(**network).to(place)
+    model = DiffusionTransformer(**network).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    noise = AdaptiveNoise(place)
-    print(f"diffusion {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, on {place}")
-    print(f"{data.size('train'):,} pairs of embeddings from {data.folder}")
+    bins = NoiseBins().to(device)
+    optimizers = configure_optimizers(model, learning_rate, (beta1, beta2), weight_decay, muon)
+    made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
+    path = f"{out_dir}/diffusion.pt"
+    start, history = 0, []
+    if resume and os.path.exists(path):
+        checkpoint = load_checkpoint(path, made_with, device)
+        start, history = checkpoint["step"], checkpoint["history"]
+        print(f"resuming {path} at step {start} of {max_iters}")
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        bins.load_state_dict(checkpoint["bins"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    decoder = None  # stage 1, where it is there, puts proposals into words
+    if os.path.exists(f"{out_dir}/decoder.safetensors"):
+        meta, decoder = load_decoder(out_dir, device)
+        check(meta["data"] == data.meta, f"{out_dir} has a decoder of other data: give another --out_dir")
+    if compile:
+        model.compile()
+    net = DistributedDataParallel(model) if world_size > 1 else model
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, on {device}")
+    print(f"{data.size['train']:,} pairs of embeddings from {data.folder}")
 
-    decoder = None  # stage 1, where it is there, puts the proposals into words
-    if os.path.exists(f"{folder}/decoder.json"):
-        meta, decoder = load_decoder(folder, place)
-        same = meta["data"] == data.identity()
-        check(same, f"{folder}/decoder.json was trained on other data than {data.folder}: change --out_dir")
-    else:
-        print(f"{folder} has no decoder yet: no samples in words on the way")
-    tokenizer = make_tokenizer(data.ranks())
+    # ---- training ----
+    def read_batch(number):
+        return data.batch(number, batch_size, seed, slice(rank, None, world_size), INPUTS, device)
 
-    def loss(net, rows, rng):
-        x, x_pref, split = rows
-        hidden = torch.rand(len(x) * PROCESSES, generator=rng, device=place) < null_probability
-        return diffusion_loss(net, x, x_pref, (split == 0) | share(hidden), noise, rng)
+    batch = read_batch(start * gradient_accumulation)
+    bar = tqdm(range(start, max_iters), "diffusion", max_iters, initial=start, disable=rank > 0)
+    losses, skipped = [], 0  # since the last validation
+    for step in bar:
+        for optimizer, peak in zip(optimizers, (learning_rate, muon)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule(step, warmup_iters, max_iters)
 
-    @torch.no_grad()
-    def evaluate():
-        """Of the averaged weights: weighted loss, error of v at fixed levels, how near the samples come."""
-        rows = np.arange(min(eval_rows, data.size("val")))
-        totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
-        for batch, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-            x, x_pref, split = data.rows("val", index, READ, place)
-            eps = torch.randn(x.shape, generator=generator_at(place, seed, 1, batch), device=place)
-            for level in totals:
-                even = (torch.arange(len(x), device=place) + 0.5) / len(x) * 30 - 15
-                log_snr = even if level == "loss" else torch.full_like(even, NOISE_LEVELS[level])
-                with autocast(place):
-                    v = ema(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), split == 0)
-                error = (v.float() - velocity(x, eps, log_snr)).square().mean(-1)
-                weight = loss_weight(log_snr) if level == "loss" else 1.0
-                totals[level] += (weight * error).mean().item() * len(index) / len(rows)
+        for number in range(step * gradient_accumulation, (step + 1) * gradient_accumulation):
+            # x, x_pref: embeddings of the continuations and of the prefixes (B, E); some have no prefix
+            x, x_pref, split = batch
+            rng = generator_at(device, seed, 0, number, rank)
+            no_prefix = (split == 0) | (torch.rand(len(x), generator=rng, device=device) < null_probability)
+            log_snr, bin_value = bins.sample(len(x), rng)  # (B,) each
+            eps = torch.randn(x.shape, generator=rng, device=device)
+            z_t = diffuse(x, eps, log_snr)
+            with autocast(device):
+                v = net(z_t, x_pref, log_snr.sigmoid(), no_prefix)
+            error = (v.float() - velocity(x, eps, log_snr)).square().mean(-1)  # (B,)
+            weighted = loss_weight(log_snr) * error
+            loss = (weighted / bin_value).mean()
+            (loss / gradient_accumulation).backward()
+            batch = read_batch(number + 1)  # while a GPU is at work
+            losses.append((loss * bins.value.mean()).item())  # the mean weighted error over even lambda
+            bins.update(log_snr, weighted.detach())
 
-        check(math.isfinite(totals["loss"]), "the loss is not finite")
-        index = rows[: max(2, len(rows) // 8)]
-        x, x_pref, split, tokens = data.rows("val", index, (*READ, "tokens"), place)
-        options = {"steps": eval_steps, "sampler": "dpm++", "generator": generator_at(place, seed, 2)}
-        proposed = sample(ema, x_pref, split == 0, **options)
-        std, mean = data.std.to(place), data.mean.to(place)
-        proposals, *targets = (y * std + mean for y in (proposed, x, x.roll(len(x) // 2, 0)))
-        true, other = (F.cosine_similarity(proposals, target).mean().item() for target in targets)
-        if decoder is not None:
-            prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
-            room = decoder.gpt.config.n_positions - decoder.generator.K - max(map(len, prompts))
-            options = {"generator": generator_at(place, seed, 2), "top_p": 0.9}
-            texts = write(decoder, tokenizer, prompts, proposed[:2], min(32, room), **options)
-            for prompt, text in zip(prompts, texts):
-                print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
-        return {**totals, "cosine": true, "cosine_shuffled": other}
+        if world_size > 1:  # all processes draw from the mean of their bins
+            torch.distributed.all_reduce(bins.value)
+            bins.value /= world_size
 
-    def average(step):
+        # take the step, unless the gradient overflowed
+        if torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).isfinite():
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            skipped += 1
+        model.zero_grad(set_to_none=True)
         update_ema(ema, model, step, ema_decay)
 
-    live = {f"ema.{k}": v for k, v in ema.state_dict().items()} | {"noise": noise.value}
-    weights = ema.state_dict
-    with alone(f"{folder}/diffusion"):
-        train(
-            "diffusion", folder, settings, data, READ, model, network, live, weights, loss, evaluate, average
-        )
+        if step % 10 == 0:
+            rate = optimizers[0].param_groups[0]["lr"]
+            bar.set_postfix_str(f"loss {np.mean(losses):.4f}, rate {rate:.1e}, skipped {skipped}")
+        due = (step + 1) % eval_interval == 0 or step + 1 == max_iters
+        if due and rank == 0:
+            record = {"step": step + 1, "train": float(np.mean(losses)), "skipped": skipped}
+            record |= evaluate(ema, decoder, data)
+            bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            history.append(record)
+            if record["loss"] == min(past["loss"] for past in history):
+                meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
+                save_weights(out_dir, "diffusion", ema.state_dict(), meta)
+            checkpoint = {
+                "made_with": made_with,
+                "step": step + 1,
+                "history": history,
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "bins": bins.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
+            write_file(path, partial(torch.save, checkpoint))
+        if due:
+            losses, skipped = [], 0
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def evaluate(ema, decoder, data):
+    """Weighted loss, error of v at fixed levels, how near proposals come to the truth; prints two texts."""
+    rows = np.arange(min(eval_rows, data.size["val"]))
+    totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
+    for number, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
+        x, x_pref, split = data.rows("val", index, INPUTS, device)
+        eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
+        for level in totals:
+            even = ((torch.arange(len(x), device=device) + 0.5) / len(x) - 0.5) * 2 * MAX_LOG_SNR
+            log_snr = even if level == "loss" else torch.full_like(even, NOISE_LEVELS[level])
+            with autocast(device):
+                v = ema(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), split == 0)
+            error = (v.float() - velocity(x, eps, log_snr)).square().mean(-1)
+            factor = loss_weight(log_snr) if level == "loss" else 1.0
+            totals[level] += (factor * error).mean().item() * len(index) / len(rows)
+    check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
+
+    index = rows[: max(2, len(rows) // 8)]
+    rng = generator_at(device, seed, 2)
+    x, x_pref, split, tokens = data.rows("val", index, (*INPUTS, "tokens"), device)
+    proposed = sample(ema, x_pref, split == 0, Sampling(steps=20, cfg_scale=1), rng=rng)
+    shown = (proposed, x, x.roll(len(x) // 2, 0))
+    proposals, truths, others = (y.cpu() * data.std + data.mean for y in shown)
+    true = F.cosine_similarity(proposals, truths).mean().item()
+    other = F.cosine_similarity(proposals, others).mean().item()
+    if decoder is not None:
+        tokenizer = make_tokenizer(data.ranks)
+        prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
+        room = data.meta["block_size"] - max(1, *map(len, prompts))
+        texts = decoder.write(tokenizer, prompts, proposed[:2], min(32, room), Sampling(), rng)
+        for prompt, text in zip(prompts, texts):
+            print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
+    return {**totals, "cosine": true, "cosine_shuffled": other}
+
+
+def check_settings():
+    for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
+        check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
+    for key in ("learning_rate", "grad_clip"):
+        check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
+    for key in ("null_probability", "ema_decay"):
+        check(0 <= globals()[key] <= 1, f"{key}={globals()[key]}: must be from 0 to 1")
 
 
 if __name__ == "__main__":

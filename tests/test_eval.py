@@ -1,10 +1,10 @@
 """The measures of eval.py, its judges, and every task on the toy. Run: python -m pytest tests/test_eval.py"""
 
-import http.server
 import json
 import math
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,15 +12,13 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import call, kill_when, python
-from hypothesis import given
-from hypothesis import strategies as st
-from mauve.compute_mauve import compute_mauve
+from conftest import kill_when, python
 
 import eval as evaluation
 from prepare import toy_documents
 
 SIZES = """
+out_dir = "out/toy"
 judges = "judge.jsonl,judge_topic.jsonl"
 judge_lm = "judge_lm"
 num_texts = 24
@@ -32,37 +30,31 @@ noise_levels = "0,1"
 prompts = "On Friday a friend and I made a plan.|In March my sister and I met again."
 num_samples = 4
 attributes = "negative,sports"
-weights = "20"
+guidance_weights = "20"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
-samplers = "ddpm 6,dpm++ 3"
 seeds = 2
-steps = 4
-sampler = "dpm++"
 """
+ROWS = {
+    "generation": ["reference", "true embedding", "plain decoder, temperature 1", "w 1", "w 3"],
+    "noise": ["reference", "sigma2 0", "sigma2 1"],
+    "control": [
+        *("negative 0", "negative 20", "negative, best of 3 unguided"),
+        *("sports 0", "sports 20", "sports, best of 3 unguided"),
+    ],
+    "compose": [f"negative+sports by {guide}" for guide in ("none", "negative", "sports", "negative,sports")],
+    "runtime": ["batch 1, tokens 8", "batch 4, tokens 8"],
+}
 
 
 # ---- measures ----
 
 
-def test_mauve_agrees_with_the_reference_package():
-    """On the same features and clusters, and on the whole where the clusters are plain to see."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(20, 32)) * 5
-    a, b = (centres[rng.choice(20, 200, p=p)] for p in (rng.dirichlet([1] * 20), rng.dirichlet([2] * 20)))
-    a, b = (x + rng.normal(size=x.shape) * 0.01 for x in (a, b))
-    theirs = compute_mauve(a, b, verbose=False)
-    assert evaluation.mauve(theirs.p_hist, theirs.q_hist) == pytest.approx(theirs.mauve, abs=1e-6)
-    assert evaluation.mauve(*evaluation.histograms(a, b, seed=0)) == pytest.approx(theirs.mauve, abs=0.01)
-
-
-@given(st.lists(st.integers(0, 9), min_size=3, max_size=8).filter(lambda x: sum(x) > 0))
-def test_mauve_is_one_for_the_same_and_falls_to_nothing_for_disjoint_histograms(counts):
-    p = np.array(counts) / sum(counts)
-    none = np.zeros_like(p)
-    assert evaluation.mauve(p, p) == pytest.approx(1)
-    assert evaluation.mauve(np.append(p, none), np.append(none, p)) < 0.01
+def test_mauve_is_one_for_the_same_texts_and_near_nothing_for_others():
+    x = np.random.default_rng(0).normal(size=(200, 8))
+    assert evaluation.mauve(x, x, 0) == pytest.approx(1)
+    assert evaluation.mauve(x, x + 100, 0) < 0.01
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -71,12 +63,6 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     a, b = rng.normal(size=(40_000, 5)), 2 + 3 * rng.normal(size=(40_000, 5))
     assert evaluation.frechet(a, b) == pytest.approx(5 * (2**2 + (1 - 3) ** 2), rel=0.02)
     assert evaluation.frechet(a, a) == pytest.approx(0, abs=1e-6)
-
-
-def test_neighbours_are_at_chance_for_one_source_and_certain_for_two():
-    x = np.random.default_rng(0).normal(size=(2000, 4))
-    assert evaluation.neighbour_accuracy(x[:1000], x[1000:]) == pytest.approx(0.5, abs=0.05)
-    assert evaluation.neighbour_accuracy(x[:1000], x[1000:] + 100) == 1
 
 
 def test_diversity_counts_repeated_n_grams():
@@ -97,9 +83,8 @@ def judge_lm(tmp_path_factory):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=95, eos_token_id=95
-    )
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    config = transformers.GPT2Config(**sizes, bos_token_id=95, eos_token_id=95)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -108,129 +93,113 @@ def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
     """In batches of several lengths as one by one in transformers, whatever the text; none costs nothing."""
     prefixes, written = ["The food", "A much longer prefix than that", ""], [" was good", "", "<|endoftext|>"]
     nats, tokens, features = evaluation.LanguageModel(str(judge_lm), "cpu").read(prefixes, written)
-    model = transformers.AutoModelForCausalLM.from_pretrained(judge_lm)
-    for prefix, text, nat, count in zip(prefixes, written, nats, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(judge_lm).eval()
+    for prefix, text, nat, count, feature in zip(prefixes, written, nats, tokens, features):
         row = torch.tensor([[95, *(ord(c) - 32 for c in prefix + text)]])
-        each = F.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")
+        with torch.no_grad():
+            theirs = model(row, output_hidden_states=True)
+        each = F.cross_entropy(theirs.logits[0, :-1], row[0, 1:], reduction="none")
         assert count == len(text)
         assert nat == pytest.approx(each[len(prefix) :].sum().item(), rel=0.02, abs=1e-6)
-    assert features.shape == (3, 32)
-
-
-def test_perspective_waits_where_it_is_told_to(monkeypatch):
-    """Against a server that first says 429, too many requests, and then answers."""
-    asked = []
-
-    class Perspective(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if len(asked) > 1 else 429)
-            self.end_headers()
-            score = {"attributeScores": {"TOXICITY": {"summaryScore": {"value": 0.25}}}}
-            self.wfile.write(json.dumps(score).encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Perspective)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(evaluation, "PERSPECTIVE", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setenv("PERSPECTIVE_API_KEY", "key")
-    waits = []
-    monkeypatch.setattr(evaluation.time, "sleep", waits.append)
-    assert evaluation.perspective("you fool") == 0.25
-    server.shutdown()
-    assert [body["comment"]["text"] for body in asked] == ["you fool"] * 2
-    assert sum(waits) >= 3  # a second before each, and one more after the refusal
+        np.testing.assert_allclose(feature, theirs.hidden_states[-1][0, -1], atol=0.05)
 
 
 # ---- every task, on the toy ----
 
 
+def read(project, name):
+    """-> what made a file of results, and its lines."""
+    made_with, *lines = map(json.loads, (project / f"results/{name}.jsonl").read_text().splitlines())
+    return made_with, lines
+
+
+CONTROL = "eval.py config/small.py --task control --results"
+
+
 @pytest.fixture(scope="module")
 def evaluated(project, judge_lm):
-    """The project, with judges that the probes know nothing of, in which every task has run."""
+    """The project in which every task has run, and what they printed, with judges that the probes know
+    nothing of; in killed/, one task was killed in the middle of a line and run again.
+    """
     shutil.copytree(judge_lm, project / "judge_lm", dirs_exist_ok=True)
     (project / "config/small.py").write_text(SIZES)
     documents = [document for document, _ in zip(toy_documents(99), range(400))]
     for name, at in (("judge", 1), ("judge_topic", 2)):
         rows = (json.dumps({"text": row[0], "label": row[at]}) + "\n" for row in documents)
         (project / f"{name}.jsonl").write_text("".join(rows))
-    return project, python("eval.py config/small.py --task all --out_dir out/toy", project)
+
+    def killed():
+        path = project / "killed/control.jsonl"
+        kill_when(f"{CONTROL} killed", project, lambda: path.exists() and path.read_bytes().count(b"\n") > 4)
+        with open(path, "a") as f:
+            f.write('{"row": "torn')
+        python(f"{CONTROL} killed", project)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = pool.submit(python, "eval.py config/small.py --task all", project)
+        pool.submit(killed).result()
+        return project, said.result()
 
 
-def read(project, name, folder="results"):
-    whole = json.loads((project / folder / f"{name}.json").read_text())
-    return whole, {row.pop("row"): row for row in whole["table"]}
-
-
-def test_every_task_writes_its_table_and_its_raw_numbers(evaluated):
+@pytest.mark.parametrize("name", ROWS)
+def test_every_task_writes_its_lines_and_prints_its_table(evaluated, name):
     project, said = evaluated
-    for name in ("generation", "noise", "control", "compose", "runtime"):
-        whole, rows = read(project, name)
-        assert whole["configuration"]["seed"] == 1337 and whole["versions"]["torch"]
-        assert all(f"| {row} |" in said for row in rows)
-        assert all(math.isfinite(mean) for row in rows.values() for mean, _ in row.values())
-        assert not (project / f"results/{name}.partial.jsonl").exists()
-    assert set(read(project, "generation")[1]) == {
-        "reference",
-        "plain decoder, temperature 1",
-        "true embedding",
-        "w 1",
-        "w 3",
-    }
-    timed = {"batch 1, tokens 8", "batch 4, tokens 8", "ddpm 6", "dpm++ 3"}
-    assert set(read(project, "runtime")[1]) == timed
-    assert len(read(project, "control")[0]["cells"]["negative:20/0/0"]["text"]) == 4
+    made_with, lines = read(project, name)
+    assert made_with["seed"] == 1337 and len(made_with["decoder.safetensors"]) == 64
+    assert [(line["row"], line["seed"]) for line in lines] == list(product(ROWS[name], (1337, 1338)))
+    count = {"generation": 24, "noise": 24, "control": 8, "compose": 8, "runtime": 0}[name]
+    for line in lines:
+        assert f"\n| {line['row']} |" in said and len(line["texts"]) == count
+        assert all(map(math.isfinite, line["figures"].values()))
 
 
 def test_the_tables_tell_what_the_method_promises(evaluated):
     """A guide moves its attribute and noise drowns the proposal, by judges that saw neither."""
-    control, noise = read(evaluated[0], "control")[1], read(evaluated[0], "noise")[1]
-    score = "score (judge.jsonl)"
-    assert control["negative 20"][score][0] > control["negative 0"][score][0] + 0.1
-    assert noise["sigma2 0"]["similarity"][0] > noise["sigma2 1"]["similarity"][0]
+
+    def mean(name, row, figure):
+        lines = read(evaluated[0], name)[1]
+        return np.mean([line["figures"][figure] for line in lines if line["row"] == row])
+
+    guided, free = (mean("control", f"negative {weight}", "score judge.jsonl") for weight in (20, 0))
+    assert guided > free + 0.1
+    assert mean("noise", "sigma2 0", "similarity") > mean("noise", "sigma2 1", "similarity")
+    alone, both = (mean("compose", f"negative+sports by {by}", "both") for by in ("none", "negative,sports"))
+    assert both > alone
 
 
-def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated, capsys, monkeypatch):
+def test_a_killed_evaluation_continues_to_the_same_bytes(evaluated):
     project, _ = evaluated
-    command = "eval.py config/small.py --task control --out_dir out/toy --results killed"
-    partial = project / "killed/control.partial.jsonl"
-    kill_when(command.split(), project, lambda: partial.exists() and partial.read_bytes().count(b"\n") > 4)
-    whole = partial.read_bytes()
-    partial.write_bytes(whole.replace(b"0.1", b"0.2", 1))
-    status, line = call(project, command, capsys, monkeypatch)
-    assert status == 2 and "control.partial.jsonl is damaged" in line
-    partial.write_bytes(whole + b'["torn')
-    python(command, project)
-    path, whole = project / "killed/control.json", (project / "results/control.json").read_bytes()
-    assert path.read_bytes() == whole
-    path.write_bytes(whole.replace(b"0.1", b"0.2", 1))
-    status, line = call(project, command, capsys, monkeypatch)
-    assert status == 2 and "control.json is damaged" in line
+    whole, killed = (project / f"{folder}/control.jsonl" for folder in ("results", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_results_of_another_probe_are_not_continued(evaluated, call):
+    project, _ = evaluated
+    path = project / "out/toy/probes/topic.npz"
+    before = path.read_bytes()
+    np.savez(path, **dict(np.load(path)) | {"weight": 99.0})
+    status, _, line = call(project, f"{CONTROL} results")
+    path.write_bytes(before)
+    assert status == 2 and "results/control.jsonl was made with other topic.npz" in line
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--task nothing", "task='nothing': must be"),
+        ("--task nothing", "task='nothing': must be generation, noise, control, compose, runtime or all"),
         ("--task control --attributes sad", "no probe has a class 'sad'"),
-        ("--task control --judges judge_topic.jsonl --results r", "knows 'negative'"),
-        ("--task control --weights 5,x --results r", "must be numbers"),
-        ("--task control --sigma2 0.1", "made with other sigma2"),
-        ("--task noise --noise_levels 0,2 --results r", "sigma2=2.0"),
-        ("--task control --sampler eulr --results r", "unknown sampler"),
-        ("--task compose --pairs negative --results r", "must be two classes"),
-        ("--task runtime --samplers ddpm --results r", "names with their steps"),
-        ("--task noise --judge_lm config --results r", "cannot load config"),
-        ("--task control --judges vaderr --results r", "did you mean vader?"),
-        ("--task noise --texts nowhere.jsonl --results r", "nowhere.jsonl"),
-        ("--task noise --num_texts 4 --results r", "num_texts=4: must be at least 20"),
-        ("--task noise --new_tokens 900 --results r", "only 0 held-out texts"),
+        ("--task control --judges judge_topic.jsonl", "none of judge_topic.jsonl knows 'negative'"),
+        ("--task control --guidance_weights 5,x", "must be numbers"),
+        ("--task control --sigma2 0.1 --results results", "made with other sigma2"),
+        ("--task noise --noise_levels 0,2", "sigma2=2.0: must be from 0"),
+        ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
+        ("--task noise --judge_lm config", "cannot load config"),
+        ("--task control --judges nowhere.jsonl", "nowhere.jsonl"),
+        ("--task noise --new_tokens 900", "only 0 held-out texts of 910 tokens"),
     ],
 )
-def test_bad_input_is_one_clear_line(evaluated, arguments, message, capsys, monkeypatch):
-    status, line = call(
-        evaluated[0], f"eval.py config/small.py --out_dir=out/toy {arguments}", capsys, monkeypatch
-    )
-    assert status == 2 and message in line
+def test_bad_input_is_one_clear_line(evaluated, arguments, message, call):
+    command = f"eval.py config/small.py --results r {arguments}"
+    status, _, line = call(evaluated[0], command)
+    shutil.rmtree(evaluated[0] / "r", ignore_errors=True)
+    assert status == 2 and message in line and line.startswith("eval.py: ")

@@ -11,43 +11,45 @@ import time
 
 import pytest
 from conftest import digest, python
-from test_eval import evaluated, judge_lm  # noqa: F401, two fixtures
+from test_eval import CONTROL, evaluated, judge_lm  # noqa: F401, two fixtures
 
-SHORT = "config/toy.py --max_iters=40 --eval_interval=5 --eval_rows=32 --out_dir=out/new"
+SHORT = "config/toy.py --max_iters=40 --eval_interval=5 --eval_rows=32 --batch_size=16 --out_dir=out/new"
 COMMANDS = {
     "prepare.py config/toy.py --max_documents=400": "data/toy",
-    f"train_decoder.py {SHORT}": "out/new",
+    f"train_decoder.py {SHORT} --muon=0.02": "out/new",
     f"train_diffusion.py {SHORT}": "out/new",
-    "eval.py config/small.py --task control --out_dir=out/toy --results=new": "new",
+    f"{CONTROL} new": "new",
 }
+NOT_FINAL = (".pt", ".tmp", ".png")
 
 
+@pytest.mark.skipif("not config.getoption('--kills')", reason="say --kills 20")
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[0] for command in COMMANDS])
 def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp_path):  # noqa: F811
-    kills = request.config.getoption("--kills")
-    if not kills:
-        pytest.skip("say --kills 20")
+    """Of a training, its weights and what is saved with them: the losses of its validations too."""
+    kills, (project, _) = request.config.getoption("--kills"), evaluated
     moments, result = random.Random(command), COMMANDS[command]
-    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
-    for folder in folders:
-        shutil.copytree(evaluated[0], folder, ignore=shutil.ignore_patterns("hf", "killed", "results"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(project, folder, ignore=shutil.ignore_patterns("hf", "killed", "results"))
         if command.startswith("prepare"):
             shutil.rmtree(folder / "data")
             source = (folder / "prepare.py").read_text()
             (folder / "prepare.py").write_text(source.replace("SHARD = 4096", "SHARD = 64"))
     begin = time.perf_counter()
-    python(command, folders[0])
-    duration, whole = time.perf_counter() - begin, digest(folders[0] / result)
-    options = {"cwd": folders[1], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    python(command, whole)
+    duration, expected = time.perf_counter() - begin, digest(whole / result, NOT_FINAL)
+    assert expected
     while kills:
-        process = subprocess.Popen([sys.executable, *command.split()], **options)
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *command.split()], cwd=killed, **options)
         try:
             process.wait(moments.uniform(0, duration))
-            assert digest(folders[1] / result) == whole  # it came to its end first: once more, from nothing
-            shutil.rmtree(folders[1] / result)
+            assert digest(killed / result, NOT_FINAL) == expected  # it came to its end: again, from nothing
+            shutil.rmtree(killed / result)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills -= 1
-    python(command, folders[1])
-    assert digest(folders[1] / result) == whole
+    python(command, killed)
+    assert digest(killed / result, NOT_FINAL) == expected

@@ -1,4 +1,4 @@
-"""The diffusion mathematics. Run: python -m pytest tests/test_math.py"""
+"""The mathematics of diffusion and optimization. Run: python -m pytest tests/test_math.py"""
 
 import math
 
@@ -8,11 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import (
-    AdaptiveNoise,
+    GPT,
+    Decoder,
+    DiffusionTransformer,
+    GPTConfig,
+    NoiseBins,
+    PromptGenerator,
     alpha_sigma,
+    configure_optimizers,
     cosine_log_snr,
     diffuse,
     loss_weight,
+    schedule,
     update_ema,
     velocity,
     x_and_eps,
@@ -40,80 +47,92 @@ def test_v_and_z_recover_x_and_eps(log_snr, seed):
     torch.testing.assert_close(eps_back, eps)
 
 
-@given(st.floats(0.001, 0.999))
-def test_cosine_schedule_is_cosine_squared(t):
-    alpha2 = cosine_log_snr(torch.tensor(t, dtype=torch.float64)).sigmoid().item()
+@given(st.floats(0.001, 0.999), st.floats(0.1, 10))
+def test_cosine_schedule_is_cosine_squared_and_a_scale_shifts_log_snr(t, scale):
+    shifted = cosine_log_snr(torch.tensor(t, dtype=torch.float64), scale)
+    alpha2 = (shifted - 2 * math.log(scale)).sigmoid().item()
     assert alpha2 == pytest.approx(math.cos(math.pi * t / 2) ** 2, abs=1e-6)
 
 
-@given(st.floats(0, 1), st.floats(0.1, 10))
-def test_scale_shifts_log_snr_by_twice_its_logarithm(t, scale):
-    t = torch.tensor(t, dtype=torch.float64)
-    assert (cosine_log_snr(t, scale) - cosine_log_snr(t)).item() == pytest.approx(
-        2 * math.log(scale), abs=1e-9
-    )
-
-
-def test_schedule_is_finite_and_falls_from_clean_to_noise():
+def test_log_snr_is_finite_and_falls_from_clean_to_noise():
     levels = cosine_log_snr(torch.linspace(0, 1, 101))
     assert levels.isfinite().all() and (levels.diff() <= 0).all()
     assert levels[0] >= 15 and levels[-1] <= -15
 
 
-def test_loss_weight_peaks_at_one_and_is_non_increasing_in_eps_space():
-    log_snr = torch.linspace(-15, 15, 10_001, dtype=torch.float64)
-    weight = loss_weight(log_snr)
-    assert weight.max() == 1
-    eps_space = weight * (torch.exp(-log_snr) + 1)
-    assert (eps_space.diff() <= 0).all()
+@given(log_snrs)
+def test_loss_weight_is_cauchy_below_zero_and_normal_above_each_with_maximum_one(log_snr):
+    kind = torch.distributions.Cauchy if log_snr < 0 else torch.distributions.Normal
+    shape, at = kind(0.0, 2.4), torch.tensor(log_snr)
+    expected = (shape.log_prob(at) - shape.log_prob(torch.tensor(0.0))).exp()
+    torch.testing.assert_close(loss_weight(at), expected)
 
 
-@given(st.floats(-15, -0.5))
-def test_loss_weight_below_zero_has_the_cauchy_shape(log_snr):
-    weight = loss_weight(torch.tensor(log_snr, dtype=torch.float64)).item()
-    assert weight == pytest.approx(1 / (1 + (log_snr / 2.4) ** 2))
-
-
-@given(st.floats(2, 15))
-def test_loss_weight_above_zero_has_the_normal_shape(log_snr):
-    ratio = loss_weight(torch.tensor([log_snr, 2.0], dtype=torch.float64))
-    normal = math.exp(-((log_snr / 2.4) ** 2) / 2 + (2 / 2.4) ** 2 / 2)
-    assert (ratio[0] / ratio[1]).item() == pytest.approx(normal, rel=1e-3)
-
-
-def test_adaptive_noise_draws_bins_in_proportion_to_their_value():
-    noise = AdaptiveNoise()
-    noise.value[:] = 0
-    noise.value[10], noise.value[90] = 1, 3
-    log_snr, density = noise.sample(40_000, torch.Generator().manual_seed(0))
+def test_noise_bins_are_drawn_in_proportion_to_their_value():
+    bins = NoiseBins()
+    bins.value[:] = 0
+    bins.value[10], bins.value[90] = 1, 3
+    log_snr, value = bins.sample(40_000, torch.Generator().manual_seed(0))
     low = (log_snr >= -12) & (log_snr < -11.7)
     assert (low | (log_snr >= 12) & (log_snr < 12.3)).all()
     assert low.double().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert (density[low] == 1).all() and (density[~low] == 3).all()
+    assert (value[low] == 1).all() and (value[~low] == 3).all()
 
 
-def test_adaptive_noise_estimates_the_loss_without_bias():
-    """Whatever the bins hold, mean(loss / value) * mean(value) is the mean of the loss over even log_snr."""
-    noise = AdaptiveNoise()
-    noise.value[:] = torch.rand(100, generator=torch.Generator().manual_seed(1)) + 0.1
-    log_snr, density = noise.sample(400_000, torch.Generator().manual_seed(2))
-    estimate = (log_snr.square() / density).mean() * noise.value.mean()
+def test_noise_bins_estimate_the_loss_without_bias():
+    """Whatever they hold, mean(loss / value) * mean(value) is the mean of the loss over even log_snr."""
+    bins = NoiseBins()
+    bins.value[:] = torch.rand(100, generator=torch.Generator().manual_seed(1)) + 0.1
+    log_snr, value = bins.sample(400_000, torch.Generator().manual_seed(2))
+    estimate = (log_snr.square() / value).mean() * bins.value.mean()
     assert estimate.item() == pytest.approx(75, rel=0.02)  # the mean of u^2 over [-15, 15]
 
 
-def test_adaptive_noise_moves_only_the_bins_it_saw_by_a_tenth():
-    noise = AdaptiveNoise()
-    noise.update(torch.tensor([-15.0, -14.9, 14.99]), torch.tensor([3.0, 5.0, 11.0]))
-    assert noise.value[0].item() == pytest.approx(0.9 + 0.1 * 4)
-    assert noise.value[99].item() == pytest.approx(0.9 + 0.1 * 11)
-    assert (noise.value[1:99] == 1).all()
+def test_noise_bins_move_a_tenth_of_the_way_where_a_finite_loss_was_seen():
+    bins = NoiseBins()
+    losses = torch.tensor([3.0, 5.0, 11.0, math.inf, math.nan])
+    bins.update(torch.tensor([-15.0, -14.9, 14.99, 0.1, 14.98]), losses)
+    assert bins.value[0].item() == pytest.approx(0.9 + 0.1 * 4)
+    assert bins.value[99].item() == pytest.approx(0.9 + 0.1 * 11)
+    assert (bins.value[1:99] == 1).all()
 
 
-def test_ema_starts_at_the_weights_and_ends_at_the_full_decay():
-    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False)
-    update_ema(ema, model, step=0)
-    assert ema.weight.item() == model.weight.item()
-    before = ema.weight.item()
-    torch.nn.init.constant_(model.weight, before + 1)
-    update_ema(ema, model, step=10**9)
-    assert ema.weight.item() - before == pytest.approx(1e-4, rel=1e-2)
+@given(st.integers(0, 10**7), st.floats(0.5, 0.9999))
+def test_ema_warms_up_to_its_decay(step, decay):
+    """At step 0 it is the model; it remembers 1 - (1 + step)^(-3/4) of itself, and `decay` at most."""
+    model, ema = torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1).double().requires_grad_(False)
+    before, target = ema.weight.item(), model.weight.item()
+    update_ema(ema, model, step, decay)
+    kept = min(decay, 1 - (1 + step) ** -0.75)
+    assert ema.weight.item() == pytest.approx(kept * before + (1 - kept) * target, abs=1e-12)
+
+
+def test_learning_rate_warms_up_linearly_and_ends_on_a_cosine():
+    shares = [schedule(step, warmup=10, max_iters=110) for step in range(111)]
+    assert shares[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert shares[10:] == pytest.approx([(1 + math.cos(math.pi * n / 100)) / 2 for n in range(101)])
+    assert schedule(0, warmup=0, max_iters=1) == 1
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_each_weight_has_one_optimizer_muon_the_linear_matrices_and_only_matrices_decay(muon):
+    """Where the gradient is 0, a step shrinks matrices by weight_decay, whatever the rates are."""
+    gpt = GPT(GPTConfig(vocab_size=50, n_positions=16, n_layer=1, n_head=1, n_embd=64))
+    nets = Decoder(gpt, PromptGenerator(64, 64, d=64, n=1)), DiffusionTransformer(64, d=64, n=2)
+    module = torch.nn.ModuleList(nets)
+    optimizers = configure_optimizers(module, 1e-3, (0.9, 0.99), weight_decay=1e-2, muon=muon)
+    trained = [[p for group in opt.param_groups for p in group["params"]] for opt in optimizers]
+    names, linear = {p: name for name, p in module.named_parameters()}, set()
+    for name, part in module.named_modules():
+        linear |= {f"{name}.weight"} if isinstance(part, torch.nn.Linear) else set()
+    assert sorted(names[p] for each in trained for p in each) == sorted(names.values())
+    assert [{names[p] for p in each} for each in trained[1:]] == ([linear] if muon else [])
+
+    for p in names:
+        torch.nn.init.ones_(p)
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, name in names.items():
+        expected = 0.99 if p.dim() > 1 else 1.0
+        torch.testing.assert_close(p.data, torch.full_like(p, expected), msg=name)

@@ -1,0 +1,239 @@
+"""What lies on disk, and the device that it is loaded to: prepared data, weights, training checkpoints.
+
+A file is whole or absent: it is written under a temporary name, then renamed. A damaged one is named.
+"""
+
+import base64
+import glob
+import gzip
+import hashlib
+import json
+import os
+import zipfile
+from contextlib import nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from configurator import InputError, check
+
+FORMAT = 3  # of data/NAME and of .safetensors
+COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
+
+
+def write_file(path, content):
+    """Writes a str, bytes, or what the callable writes to the open file that it is given: all or nothing."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save has its own kind for a full disk
+        with suppress(OSError):
+            os.remove(temporary)
+        raise InputError(f"cannot write {path}: {e}") from None
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_rows(path, *fields):
+    """The rows of a .jsonl or .jsonl.gz file, which must have these fields. Raises InputError."""
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    for field in fields:
+                        kind = str | int if field == "label" else str
+                        whole = isinstance(row, dict) and isinstance(row.get(field), kind)
+                        check(whole, f'{path}, line {number}: no field "{field}" with a string')
+                    yield row
+    except (OSError, EOFError, ValueError) as e:
+        raise InputError(f"cannot read {path} as JSON lines, after line {number}: {e}") from None
+
+
+def hub_file(repo, filename, **options):
+    """The local path of a file of the Hugging Face hub, downloaded once. Raises InputError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, filename, **options)
+    except Exception as e:
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        offline = "without a network, give a folder or file of your own, or copy a hub cache and set HF_HOME"
+        raise InputError(f"cannot get {filename} of {repo} from the hub ({why}); {offline}") from None
+
+
+def read_ranks(path, digest=None):
+    """A file of BPE ranks in tiktoken's format (base64 token, space, rank) -> {bytes: rank}."""
+    try:
+        same = digest in (None, sha256(path))
+        with open(path, "rb") as f:
+            pairs = [line.split() for line in f if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
+    check(same, f"{path} is damaged, or not the tokenizer that the decoder was trained with")
+    return ranks
+
+
+def fingerprint(tensors, text):
+    """The SHA-256 of a text, and of tensors and their names."""
+    whole = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def save_weights(folder, name, tensors, meta):
+    """FOLDER/NAME.safetensors: the tensors and, in its header, what must be known to use them."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps({"format": FORMAT} | meta)
+    header = {"nanodglm": json.dumps({"sha256": fingerprint(tensors, text), "meta": text})}
+    write_file(f"{folder}/{name}.safetensors", save(tensors, header))
+
+
+def load_weights(folder, name, device="cpu"):
+    """-> what was saved with the weights, the weights. Raises InputError where missing or damaged."""
+    path = f"{folder}/{name}.safetensors"
+    check(os.path.exists(path), f"{path} is missing: train it, or give --out_dir, the folder of a model")
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads(f.metadata()["nanodglm"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        same = fingerprint(tensors, header["meta"]) == header["sha256"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise InputError(f"{path} is damaged, or not of this project: {e}") from None
+    check(same, f"{path} is damaged: it is not what was written")
+    meta = json.loads(header["meta"])
+    check(meta["format"] == FORMAT, f"{path} was made by another version: train it again")
+    return meta, {k: v.to(device) for k, v in tensors.items()}
+
+
+def load_checkpoint(path, made_with, device):
+    """What a training script saved in PATH.pt, if it was made with the same data, sizes and optimizers."""
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("its checksum is wrong")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # whatever a damaged archive makes zipfile and torch raise
+        raise InputError(f"{path} is damaged ({e}): --resume=False starts over") from None
+    changed = ", ".join(key for key, value in made_with.items() if checkpoint["made_with"].get(key) != value)
+    check(not changed, f"{path} was made with another {changed}: give an --out_dir, or --resume=False")
+    return checkpoint
+
+
+def newest_model():
+    """The folder in out/ that was trained last and has both stages, else the model in the box."""
+    diffusions = sorted(glob.glob("out/*/diffusion.safetensors"), key=os.path.getmtime)
+    folders = [os.path.dirname(path) for path in diffusions]
+    trained = [folder for folder in folders if os.path.exists(f"{folder}/decoder.safetensors")]
+    box = os.path.relpath(f"{os.path.dirname(os.path.abspath(__file__))}/pretrained/reviews")
+    return trained[-1] if trained else box
+
+
+# ---------- Prepared data, random numbers, device and precision ---------------------------------------------
+
+
+def data_name(dataset):
+    """`some/folder/reviews.jsonl.gz` or `reviews` -> reviews, the folder's name in data/."""
+    return os.path.basename(os.path.normpath(dataset)).split(".")[0]
+
+
+class Data:
+    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json."""
+
+    def __init__(self, dataset):
+        self.folder = f"data/{data_name(dataset)}"
+        check(os.path.exists(f"{self.folder}/meta.json"), f"{self.folder} is not prepared: run prepare.py")
+        meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
+        again = f"remove {self.folder} and prepare it again"
+        check(meta["format"] == FORMAT, f"{self.folder} was made by another version: {again}")
+        for name, digest in tqdm(meta["sha256"].items(), f"check {self.folder}", leave=False, delay=2):
+            path = f"{self.folder}/{name}"
+            check(os.path.exists(path) and sha256(path) == digest, f"{path} is missing or damaged: {again}")
+        self.meta = meta["data"]  # what a model trained on this data must be used with
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        self.arrays = {}
+        for subset in ("train", "val"):
+            paths = {name: f"{self.folder}/{subset}/{name}.npy" for name in COLUMNS}
+            self.arrays[subset] = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+        self.size = {subset: len(arrays["length"]) for subset, arrays in self.arrays.items()}
+        self.ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken")
+
+    def rows(self, subset, index, columns, device):
+        """Rows `index` of some columns: tokens cut to the longest, embeddings in fp32, standardised."""
+        rows = []
+        index = np.sort(index)  # in the order of the file
+        for name in columns:
+            array = self.arrays[subset][name][index]
+            if name == "tokens":
+                array = array[:, : self.arrays[subset]["length"][index].max()]
+            x = torch.from_numpy(array.astype(np.float32 if "emb" in name else np.int64))
+            if "emb" in name:
+                x = (x - self.mean) / self.std
+            if device.startswith("cuda"):
+                x = x.pin_memory()  # so that the copy goes on beside the GPU's work
+            rows.append(x.to(device, non_blocking=True))
+        return rows
+
+    def batch(self, number, batch_size, seed, part, columns, device):
+        """Of training batch `number` the slice `part`: epochs without replacement, each in its own order."""
+        n = self.size["train"]
+        at = np.arange(number * batch_size, (number + 1) * batch_size)
+        epochs = range(at[0] // n, at[-1] // n + 1)
+        index = np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
+        return self.rows("train", index[part], columns, device)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def generator_at(device, *numbers):
+    """A random generator that is a function of numbers (seed, step, ...): nothing to save or restore."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps ... -> a device name. Raises InputError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # of torchrun, each process its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)  # what is pinned and synchronised without a name
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu") from None
+    return name
+
+
+def precision(device):
+    """bf16 where the hardware has it, else fp32."""
+    if device.startswith("cuda"):
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
