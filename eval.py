@@ -5,16 +5,13 @@
     python eval.py --task control       attribute and fluency against guidance weight (Figures 5 and 6)
     python eval.py --task compose       two attributes at once (Table 3)
     python eval.py --task runtime       seconds of each part, and of all relative to the decoder (Table 4)
-    python eval.py config/reviews.py --task all
 
-A task is a loop over the rows of its table and over seeds. Each that is done is a line of RESULTS/TASK.jsonl
-(figures and texts), from which the same command continues when interrupted. At the end the table is printed
-in Markdown, and drawn as RESULTS/TASK.png where matplotlib is installed.
+Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figures and texts), from which the
+same command continues when interrupted. The table is printed in Markdown and, with matplotlib, drawn.
 
-No judge is a probe that guides. A judge of attributes is a text classifier of transformers (hub name or
-folder), `mine.jsonl` (TF-IDF and logistic regression, fitted to text that no probe has seen), or `vader` or
-`profanity`, of two packages. The judge of fluency is a causal language model: a hub name, a folder, a .gguf
-file, or smollm2.
+No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
+`mine.jsonl` (TF-IDF and logistic regression, fitted to text that no probe has seen), and two packages:
+`vader`, `profanity`. Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
 """
 
 import glob
@@ -65,6 +62,7 @@ seeds = 5  # repetitions: seed, seed + 1, ...; the errors in the tables are over
 steps = Sampling.steps  # of the diffusion
 sampler = Sampling.sampler  # dpm++, ddim or ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance, in all but generation
+guide_through = Sampling.guide_through  # of guides: estimate or network
 sigma2 = Sampling.sigma2  # noise on the proposal
 temperature = Sampling.temperature  # of the decoder
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
@@ -114,8 +112,7 @@ class LanguageModel:
     @torch.no_grad()
     def read(self, prefixes, written):
         """-> nats of each text given its prefix (N,), its tokens (N,), features of both (N, width)."""
-        first = self.tokenizer.bos_token_id
-        first = self.tokenizer.eos_token_id if first is None else first
+        first = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None)
         plain = {"add_special_tokens": False, "split_special_tokens": True}  # whatever the texts hold
         ids = [self.tokenizer(list(x), **plain)["input_ids"] for x in (prefixes, written)]
         rows, out = [(torch.tensor([first, *p, *t]), 1 + len(p)) for p, t in zip(*ids)], []
@@ -221,11 +218,16 @@ def distinct_3(texts):
     return len({g for t in texts for g in n_grams(t, 3)}) / max(1, sum(len(t.split()) for t in texts))
 
 
-def mauve(a, b, random_state):
-    """MAUVE [Pillutla et al. 2021] of features (N, width) of two sets of texts -> 0 to 1: alike.
+def same_prefix_cosine(x):
+    """Variety: the mean cosine of two proposals for one prefix, x (prefixes, n, E); low is varied."""
+    n = x.shape[1]
+    return ((x.sum(1).square().sum(-1) - n) / (n * (n - 1))).mean().item()
 
-    The features are the judge's last hidden states at the last tokens. The authors' package makes histograms
-    of both over N / 10 clusters, and measures their divergences from all mixtures of the two.
+
+def mauve(a, b, random_state):
+    """MAUVE [Pillutla et al. 2021] of two sets of texts -> 0 to 1: alike. Their features (N, width) are the
+    judge's last hidden states at the last tokens. The authors' package makes histograms over N / 10 clusters,
+    and measures their divergences from all mixtures of the two.
     """
     from mauve import compute_mauve
 
@@ -246,18 +248,12 @@ class Results:
     """RESULTS/TASK.jsonl: a line that says what made it, then a line for each row of the table and seed."""
 
     def __init__(self, name, made_with):
-        self.path = f"{results}/{name}.jsonl"
-        lines = []
+        self.path, self.made_with, self.lines = f"{results}/{name}.jsonl", made_with, []
         if os.path.exists(self.path):
-            with open(self.path, "rb+") as f:
-                lines = [line for line in f if line.endswith(b"\n")]
-                f.truncate(sum(map(len, lines)))  # a line torn by a kill is dropped
-        if not lines:
-            lines = [json.dumps(made_with)]
-            write_file(self.path, lines[0] + "\n")
-        before, *self.lines = map(json.loads, lines)
-        changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
-        check(not changed, f"{self.path} was made with other {changed}: remove it, or give another --results")
+            with open(self.path, encoding="utf-8") as f:
+                before, *self.lines = map(json.loads, f)
+            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
+            check(not changed, f"{self.path} was made with other {changed}: give another --results")
 
     def todo(self, rows):
         """The (row, repetition) that have no line yet."""
@@ -268,8 +264,7 @@ class Results:
     def add(self, row, r, figures, written):
         figures = {name: float(value) for name, value in figures.items()}
         self.lines.append({"row": row, "seed": seed + r, "figures": figures, "texts": written})
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(self.lines[-1]) + "\n")
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in (self.made_with, *self.lines)))
 
     def table(self):
         """{row: {figure: (mean, its standard error)}}, over seeds."""
@@ -293,10 +288,10 @@ def show(table):
 
 def plot(table, path):
     """Draws a panel for each figure: a point and its standard error for each row of the table."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return print("no picture: that needs matplotlib (pip install matplotlib)")
+    import matplotlib.pyplot as plt
+
     names = list(dict.fromkeys(name for figures in table.values() for name in figures))
     size = (2.2 * len(names) + 2, 0.25 * len(table) + 1)
     fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -307,7 +302,6 @@ def plot(table, path):
         ax.set_title(name)
     axes[0][0].invert_yaxis()  # the first row on top
     write_file(path, lambda f: fig.savefig(f, format="png", dpi=110))
-    plt.close(fig)
 
 
 # ---------- The tasks ---------------------------------------------------------------------------------------
@@ -353,6 +347,9 @@ def continuations(bench, book, sampling, settings):
             written, proposals = bench.generate(prefixes, "none", new_tokens, r, here)
             figures, features = bench.measure(prefixes, written, proposals)
             figures["Frechet"] = frechet(proposals.cpu().numpy(), true.cpu().numpy())
+            rng = generator_at(model.device, seed + r)
+            again = [model.propose([prefix] * 20, "none", here, rng) for prefix in prefixes[:20]]
+            figures["same-prefix cosine"] = same_prefix_cosine(torch.stack(again))
         figures["MAUVE"] = mauve(features, reference_features, seed + r)
         book.add(row, r, figures, written)
 
@@ -376,6 +373,7 @@ def steered(bench, sampling):
     """-> texts_by(guide, repetition, n=1): num_samples texts a prompt, and their figures. n > 1: each is
     the best of n unguided ones, by the probe of the guide.
     """
+    check(num_samples > 1, "--num_samples: must be at least 2, to measure variety")
     lines = [line for line in prompts.split("|") for _ in range(num_samples)]
 
     @cache  # unguided texts serve every attribute
@@ -389,8 +387,11 @@ def steered(bench, sampling):
             best = likely.argmax(1).cpu() + torch.arange(len(lines)) * n
             written, proposals = [written[i] for i in best], proposals[best]
         figures, _ = bench.measure(lines, written, proposals)
-        by_prompt = [written[i : i + num_samples] for i in range(0, len(written), num_samples)]
-        return written, figures | {"Dist-3": np.mean([distinct_3(group) for group in by_prompt])}
+        figures["Dist-3"] = np.mean([distinct_3(group) for group in np.reshape(written, (-1, num_samples))])
+        figures["same-prefix cosine"] = same_prefix_cosine(
+            proposals.view(-1, num_samples, proposals.shape[1])
+        )
+        return written, figures
 
     return texts_by
 
@@ -429,9 +430,9 @@ def runtime(bench, book, sampling):
     model, line, label = bench.model, prompts.split("|")[0], attributes.split(",")[0]
     tokens, generator = model.tokenizer.encode_ordinary(line), model.decoder.generator
     room = model.decoder.gpt.config.n_positions - generator.K - len(tokens)
-    settings = [(int(b), int(n)) for b in numbers(batch_sizes) for n in numbers(lengths) if n <= room]
-    check(settings, f"--lengths: this model has room for {room} tokens after the prompt")
-    rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in settings}
+    sizes = [(int(b), int(n)) for b in numbers(batch_sizes) for n in numbers(lengths) if n <= room]
+    check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
+    rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}
 
     def seconds(f, *arguments):
         begin = time.perf_counter()

@@ -108,12 +108,13 @@ class NoiseBins(nn.Module):
 
 
 # ---------- The transformer of the prompt generator and of the diffusion: not causal, told the noise level --
+HEAD = 64  # width of an attention head, throughout
 
 
 def modulate(h, scale_shift):
     """h (B, T, d), scale_shift (B, 2d) -> h * (1 + scale) + shift."""
     scale, shift = scale_shift[:, None].chunk(2, dim=-1)
-    return h * (1 + scale) + shift
+    return torch.addcmul(shift, h, 1 + scale)
 
 
 class RMSNorm(nn.Module):
@@ -141,22 +142,14 @@ class TimeEmbedding(nn.Module):
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """Softmax attention: q (B, heads, T, head), k and v (B, heads, S, head) -> like q.
-
-    mask: (B, 1, T, S) bool, True where q may look.
-    """
-    if v.dtype != torch.bfloat16 or not v.is_cpu or not torch.is_grad_enabled():
+    """q (B, heads, T, head), k and v (B, heads, S, head), mask (B, 1, T, S), True where q looks -> like q."""
+    if v.dtype != torch.bfloat16 or not v.is_cpu or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # on a CPU in bf16 the fused kernel's gradient takes four times as long as this formula's
+    # on a CPU in bf16 the fused kernel takes longer than this formula, its gradient four times as long
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores += torch.full(scores.shape[-2:], -math.inf, dtype=v.dtype).triu(1)
     return scores.softmax(-1).type_as(v) @ v
-
-
-HEAD = 64  # width of an attention head, throughout
 
 
 class Block(nn.Module):
@@ -180,9 +173,9 @@ class Block(nn.Module):
     def forward(self, h, time):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
-        # each (B, heads, T, HEAD)
-        q, k, v = (x.view(B, T, -1, HEAD).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-        y = attend(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
+        q, k, v = (x.view(B, T, -1, HEAD) for x in qkv.chunk(3, dim=-1))
+        q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, T, HEAD)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
         a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
         return h + self.ff_out(a * F.silu(g))
@@ -489,9 +482,10 @@ def load_decoder(folder, device):
 class Sampling:
     """How a proposal is drawn and put into words; `python sample.py --help` explains. Raises InputError."""
 
-    steps: int = 5
+    steps: int = 4
     sampler: str = "dpm++"
     cfg_scale: float = 2.5
+    guide_through: str = "estimate"
     sigma2: float = 0.05
     temperature: float = 0.7
     top_k: int = 50
@@ -501,6 +495,7 @@ class Sampling:
     def __post_init__(self):
         check(1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000")
         check(self.sampler in ("ddpm", "ddim", "dpm++"), f"sampler={self.sampler}: use ddpm, ddim or dpm++")
+        check(self.guide_through in ("network", "estimate"), "guide_through: use network or estimate")
         check(0 <= self.sigma2 <= 1, f"sigma2={self.sigma2}: must be from 0 (obey it) to 1 (ignore it)")
         check(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
         check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
@@ -508,50 +503,59 @@ class Sampling:
         check(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: must be above 0")
 
 
-def predict(denoiser, z_t, log_snr, x_pref, no_prefix, cfg_scale, guides, points, rng):
+def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, spread, points, rng):
     """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. Arguments: see `sample`."""
     alpha, sigma = alpha_sigma(log_snr)
-    with torch.set_grad_enabled(bool(guides)):
-        z_t = z_t.detach().requires_grad_(bool(guides))
-        if cfg_scale == 1:
+    through_network = bool(guides) and sampling.guide_through == "network"
+    with torch.set_grad_enabled(through_network):
+        z_t = z_t.detach().requires_grad_(through_network)
+        if sampling.cfg_scale == 1:
             v = denoiser(z_t, x_pref, log_snr.sigmoid(), no_prefix)
         else:  # classifier-free guidance (Ho & Salimans 2022), both passes in one batch
             never = torch.ones_like(no_prefix)
             pair = z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2)
             v_cond, v_null = denoiser(*pair, torch.cat((no_prefix, never))).chunk(2)
-            v = cfg_scale * v_cond + (1 - cfg_scale) * v_null
+            v = sampling.cfg_scale * v_cond + (1 - sampling.cfg_scale) * v_null
         x, eps = x_and_eps(z_t, v.float(), log_snr)
-        if guides:
-            # with p(x | z_t) taken as N(x, (sigma / alpha)^2), p(y | z_t) is the mean of p(y | point) [LGD]
+    if guides:
+        # With p(x | z_t) taken as Gaussian around x, p(y | z_t) is the mean of p(y | point) [LGD]. Its log's
+        # gradient goes on from x to z_t through the network, or by the dx/dz_t of Gaussian data N(m, C):
+        # E[x | z_t] = m + alpha C (alpha^2 C + sigma^2)^-1 (z_t - alpha m). Other data have dx/dz_t = alpha /
+        # sigma^2 Cov[x | z_t] (given the prefix, where there is one): on average no more, in places more.
+        deviation = sigma / alpha if through_network else sigma
+        with torch.enable_grad():
+            at = z_t if through_network else x.requires_grad_()
             offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
-            cloud = x[:, None] + (sigma / alpha)[:, None] * offsets  # (B, points, E)
-            # logarithms of means (B,), less log(points), which has no gradient
-            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
-            (gradient,) = torch.autograd.grad(log_p.sum(), z_t)
-            # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
-            x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
+            cloud = x[:, None] + deviation[:, None] * offsets  # (B, points, E)
+            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)  # + a constant
+            (gradient,) = torch.autograd.grad(log_p.sum(), at)
+        if not through_network:
+            variance, axes = spread
+            gradient = (gradient @ axes * alpha * variance / (alpha**2 * variance + sigma**2)) @ axes.T
+        # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
+        x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
     return x.detach(), eps.detach()
 
 
 @torch.no_grad()
-def sample(denoiser, x_pref, no_prefix, sampling, guides=(), points=32, rng=None, on_step=None):
+def sample(denoiser, x_pref, no_prefix, sampling, guides=(), spread=None, points=32, rng=None, on_step=None):
     """Draw continuation embeddings -> (B, E), standardised.
 
     denoiser: (z_t, x_pref, alpha2, no_prefix) -> v, all standardised. x_pref: (B, E). no_prefix: (B,) bool.
     sampling: a `Sampling`; of its samplers dpm++ is DPM-Solver++ (2M). guides: pairs (log_prob, weight),
     where log_prob takes points (..., E) to log p(y | point) (...); the score gains weight * grad
-    log p(y | z_t), so weight 1 aims at the posterior. points: of the Monte Carlo estimate.
-    on_step(log_snr, x): called with each prediction of x.
+    log p(y | z_t), so weight 1 aims at the posterior. spread: the data's variances (E,) along the columns of
+    axes (E, E), for guides at the estimate. points: of each guide. on_step(log_snr, x) sees predictions.
     """
-    B, E = x_pref.shape
-    steps = sampling.steps
-    # t = 1 would be alpha = 0, by which guidance divides: start at the noisiest level that is trained
-    levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=x_pref.device)).clamp(min=-MAX_LOG_SNR)
-    z = torch.randn((B, E), generator=rng, device=x_pref.device)
+    (B, E), steps, device = x_pref.shape, sampling.steps, x_pref.device
+    levels = torch.linspace(-4, 4, steps + 1, device=device)  # of log_snr, where a proposal forms
+    if sampling.sampler != "dpm++":  # the paper's, from the noisiest level trained
+        levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=device)).clamp(-MAX_LOG_SNR)
+    z = torch.randn((B, E), generator=rng, device=device)
     last_x = last_h = None
     for i in range(steps):
         log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
-        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling.cfg_scale, guides, points, rng)
+        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling, guides, spread, points, rng)
         if on_step:
             on_step(levels[i].item(), x)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
@@ -710,6 +714,8 @@ class DGLM:
         self.data = meta["data"]
         same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
+        check("axes" in weights, f"{folder}: the diffusion was made by another version: train it again")
+        self.spread = weights.pop("variance").float().clamp(min=0), weights.pop("axes").float()
         self.diffusion = DiffusionTransformer(**diffusion_meta["network"]).to(self.device)
         self.diffusion.requires_grad_(False).load_state_dict(weights)
         dtype = precision(self.device)
@@ -753,18 +759,14 @@ class DGLM:
             with autocast(self.device):
                 return self.diffusion(*inputs)
 
-        def predicted(log_snr, x):
-            if on_step:
-                on_step(prefixes, log_snr, self.to_sphere(x))
-
         parsed = parse_guide(guide, self.probes)
         guides = [(guide_log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
         no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes) - {""})
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
-        nothing = torch.zeros_like(self.mean)  # never read: the network has its null vector
-        x_pref = torch.stack([embedded.get(p, nothing) for p in prefixes])
-        x = sample(denoiser, x_pref, no_prefix, sampling, guides, rng=rng, on_step=predicted)
+        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # "" has the null vector
+        predicted = on_step and (lambda log_snr, x: on_step(prefixes, log_snr, self.to_sphere(x)))
+        x = sample(denoiser, x_pref, no_prefix, sampling, guides, self.spread, rng=rng, on_step=predicted)
         return self.to_sphere(x)
 
     def write(self, prefixes, proposals, max_new_tokens, sampling, rng=None):

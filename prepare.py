@@ -361,7 +361,7 @@ def join(folder, parts):
             start = end
     mean = total / n["train"]
     std = np.sqrt(np.maximum(squares / n["train"] - mean**2, 0))
-    return n, mean, np.where(std < 1e-3, 1.0, std)  # some encoders have dead dimensions
+    return n, mean, np.maximum(std, 1e-3)  # some encoders have dead dimensions
 
 
 def main(settings):

@@ -5,7 +5,7 @@
     python sample.py --prefix FILE:prefixes.txt --guide sentiment=positive --out texts.jsonl
     python sample.py --prefix "The food was" --guide negative --steps 10 --watch
 
-The texts go to standard output, a line each; notes to standard error.
+The texts go to standard output, notes to standard error.
 """
 
 import json
@@ -26,9 +26,10 @@ guide = "none"  # none, or classes of the probes: negative (with its probe's wei
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # of each text
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
-steps = Sampling.steps  # of the diffusion; more make proposals for one prefix more varied; the paper: 250
+steps = Sampling.steps  # of the diffusion: 4 for dpm++, many for ddim and ddpm; the paper: 250
 sampler = Sampling.sampler  # dpm++, ddim or ddpm; the paper: ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance: above 1 follows the prefix more; the paper: 1
+guide_through = Sampling.guide_through  # estimate, or network: through the diffusion too; the paper's
 sigma2 = Sampling.sigma2  # noise on the proposal: 0 obeys it, 1 ignores it
 temperature = Sampling.temperature  # 0 takes the likeliest token; the paper: 1
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
@@ -61,9 +62,8 @@ def main(settings):
         """x (B, E): the proposals predicted at this step, for the prefixes of a batch."""
         bar.update()
         if watch:  # with random numbers of its own, so that the text is the same
-            guided = [
-                (p.classes[i], p.log_prob(x[0])[i].exp()) for p, i, _ in parse_guide(guide, model.probes)
-            ]
+            parsed = parse_guide(guide, model.probes)
+            guided = [(probe.classes[i], probe.log_prob(x[0])[i].exp()) for probe, i, _ in parsed]
             rng = torch.Generator(model.device).manual_seed(seed + 1)
             (words,) = model.write(batch[:1], x[:1], max_new_tokens, Sampling(temperature=0), rng)
             shares = "".join(f"  {label} {p:.2f}" for label, p in guided)

@@ -1,9 +1,8 @@
 """Stage 2: train the diffusion that proposes what the continuation means.
 
 A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's
-embedding, given the prefix's. Squared error, weighted over noise levels, which are drawn where the loss is
-large. A tenth of the prefixes is replaced by a null vector, for classifier-free guidance. An exponential
-moving average (EMA) of the weights is what samples.
+embedding, given the prefix's. Squared error, weighted over noise levels, drawn where the loss is large. A
+null vector replaces a tenth of the prefixes, for classifier-free guidance. A moving average (EMA) samples.
 
     python train_diffusion.py config/toy.py
     python train_diffusion.py config/reviews.py --dataset reviews.jsonl.gz
@@ -107,8 +106,10 @@ def main(settings):
     if compile:
         model.compile()
     net = DistributedDataParallel(model) if world_size > 1 else model
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, on {device}")
-    print(f"{data.size['train']:,} pairs of embeddings from {data.folder}")
+    n = data.size["train"]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, {n:,} pairs, on {device}")
+    (x,) = data.rows("train", np.arange(0, n, -(-n // 50_000)), ("cont_emb",), "cpu")
+    spread = dict(zip(("variance", "axes"), torch.linalg.eigh(x.T.cov())))  # for guides at the estimate
 
     # ---- training ----
     def read_batch(number):
@@ -164,7 +165,7 @@ def main(settings):
             history.append(record)
             if record["loss"] == min(past["loss"] for past in history):
                 meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
-                save_weights(out_dir, "diffusion", ema.state_dict(), meta)
+                save_weights(out_dir, "diffusion", ema.state_dict() | spread, meta)
             checkpoint = {
                 "made_with": made_with,
                 "step": step + 1,
@@ -205,8 +206,7 @@ def evaluate(ema, decoder, data):
     proposed = sample(ema, x_pref, split == 0, Sampling(steps=20, cfg_scale=1), rng=rng)
     shown = (proposed, x, x.roll(len(x) // 2, 0))
     proposals, truths, others = (y.cpu() * data.std + data.mean for y in shown)
-    true = F.cosine_similarity(proposals, truths).mean().item()
-    other = F.cosine_similarity(proposals, others).mean().item()
+    true, other = (F.cosine_similarity(proposals, y).mean().item() for y in (truths, others))
     if decoder is not None:
         tokenizer = make_tokenizer(data.ranks)
         prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]

@@ -9,7 +9,6 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, ".")
 import model as nano
@@ -69,13 +68,15 @@ def guidance():
     means = torch.tensor([[-1.3, 0.8], [-0.8, -1.0], [0.1, 0.1], [1.2, -0.9], [0.9, 1.2]])
     deviation, slope, n, axis = 0.3, torch.tensor([2.0, 1.5]), 4000, torch.linspace(-2.45, 2.45, 150)
 
-    def run(guides):  # -> samples (n, 2), and the paths of 15 (15, steps + 1, 2)
+    def run(guides, way="estimate"):  # -> samples (n, 2), and the paths of 15 (15, steps + 1, 2)
         def denoiser(z_t, x_pref, alpha2, no_prefix):
             path.append(z_t.detach())
             return best_v(z_t, alpha2.logit(), means, deviation)
 
-        path, settings, rng = [], nano.Sampling(steps=60, cfg_scale=1), torch.Generator().manual_seed(1)
-        x = nano.sample(denoiser, torch.zeros(n, 2), torch.ones(n).bool(), settings, guides, rng=rng)
+        settings, rng = nano.Sampling(60, cfg_scale=1, guide_through=way), torch.Generator().manual_seed(1)
+        spread = torch.linalg.eigh(means.T.cov(correction=0) + deviation**2 * torch.eye(2))
+        path = []
+        x = nano.sample(denoiser, torch.zeros(n, 2), torch.ones(n) > 0, settings, guides, spread, rng=rng)
         return x, torch.stack([*path, x], dim=1)[:15]
 
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (150, 150, 2)
@@ -83,13 +84,14 @@ def guidance():
     posterior = prior * (grid @ slope).sigmoid()
     many = means[torch.randint(5, (4 * n,))] + deviation * torch.randn(4 * n, 2)
     exact = many[torch.rand(4 * n) < (many @ slope).sigmoid()][:n]  # rejection sampling
-    probe = [(lambda x: F.logsigmoid(x @ slope), 1.0)]
+    probe = [(lambda x: nano.F.logsigmoid(x @ slope), 1.0)]
     panels = (
-        ("Unguided samples, over p(x)", prior, BLUE, *run([])),
-        ("Samples guided with weight 1, over p(x | y)", posterior, ORANGE, *run(probe)),
-        ("The truth: exact samples of p(x | y)", posterior, GREEN, exact, torch.empty(0, 2, 2)),
+        ("Unguided, over p(x)", prior, BLUE, *run([])),
+        ("Weight 1, at the estimate", posterior, ORANGE, *run(probe)),
+        ("Weight 1, through the network", posterior, ORANGE, *run(probe, "network")),
+        ("The truth: p(x | y)", posterior, GREEN, exact, torch.empty(0, 2, 2)),
     )
-    fig, axes = plt.subplots(1, 3, figsize=(11.4, 4.45))
+    fig, axes = plt.subplots(1, 4, figsize=(11.4, 3.5))
     for ax, (title, density, colour, x, paths) in zip(axes, panels):
         title += f"\n{(x @ slope > 0).float().mean():.0%} right of the line"
         ax.contourf(axis, axis, density / density.max(), [0.03, 0.2, 0.5, 0.8, 1], cmap="Greys", alpha=0.35)
@@ -105,18 +107,18 @@ def guidance():
 def watch():
     """One sentence through the sampler under two guides, as sample.py --watch follows it."""
     ((probe, label, _),) = nano.parse_guide("negative", MODEL.probes)
-    greedy, steps, start = nano.Sampling(temperature=0), [], "I thought the ending"
-    frame = {"xlim": (0, 1.4), "ylim": (5.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
+    greedy, steps, start = nano.Sampling(temperature=0), [], "The acting"
+    frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 3, figsize=(11.4, 4.2), width_ratios=(1, 1, 6), subplot_kw=frame)
     for row, guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
         ((text, proposal),) = MODEL.generate([start], guide, on_step=lambda *step: steps.append(step))
-        for y, (prefix, _, x) in enumerate(steps[-5:]):
+        for y, (prefix, _, x) in enumerate(steps[-4:]):
             (words,) = MODEL.write(prefix, x, 32, greedy, torch.Generator().manual_seed(1338))
             row[2].text(0, y, textwrap.shorten(f"… {words}", 90, placeholder=" …"), va="center")
             for ax, value in zip(row, (probe.log_prob(x[0])[label].exp(), x[0] @ proposal)):
                 ax.bar_label(ax.barh(y, value, color=colour), [f"{value:.2f}"], padding=2)
-        row[2].text(0, 5, textwrap.shorten(f"… {text}", 90, placeholder=" …"), va="center", weight="bold")
-        row[0].set_yticks(range(6), [*(f"λ = {log_snr:.1f}" for _, log_snr, _ in steps[-5:]), "written"])
+        row[2].text(0, 4, textwrap.shorten(f"… {text}", 90, placeholder=" …"), va="center", weight="bold")
+        row[0].set_yticks(range(5), [*(f"λ = {log_snr:.1f}" for _, log_snr, _ in steps[-4:]), "written"])
         titles = "p(negative)\nby the probe", "cosine to\nproposal", f"--guide {guide}\n{start} …"
         for ax, title in zip(row, titles):
             ax.set_title(title)

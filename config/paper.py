@@ -7,5 +7,6 @@ python sample.py config/paper.py --prefix "The weather in Boston" --guide nontox
 sampler = "ddpm"
 steps = 250
 cfg_scale = 1.0
+guide_through = "network"
 temperature = 1.0
 repetition_penalty = 1.2

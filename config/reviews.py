@@ -43,10 +43,10 @@ eval = {
     "|The acting in this|When I first heard about|The main character|In the beginning,|My friends and I"
     "|The film opens with|The plot|After an hour|The soundtrack|We rented this|The ending|This is a|The book"
     "|I thought",
-    "num_samples": 5,
+    "num_samples": 10,
     "control_tokens": 32,
     "attributes": "negative,positive,toxic,nontoxic",
-    "guidance_weights": "10,20,40,80,160",
+    "guidance_weights": "10,20,40,80",
     "pairs": "negative+nontoxic,positive+nontoxic",
     "lengths": "8,16,32,60",
     "seeds": 3,

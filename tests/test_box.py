@@ -24,15 +24,15 @@ POSITIVE = (
 def test_the_readmes_first_command_writes_a_text(tmp_path):
     """Of the scripts and the box, without a hub."""
     shutil.copytree(BOX, copy_scripts(tmp_path) / "pretrained/reviews")
-    command = ["sample.py", "--prefix", "I thought the ending", "--guide", "negative"]
+    command = ["sample.py", "--prefix", "The acting", "--guide", "negative"]
     text = python(command, tmp_path, HF_HUB_OFFLINE="1")
-    assert text.startswith("I thought the ending ") and len(text.split()) > 10
+    assert text.startswith("The acting ") and len(text.split()) > 5
 
 
 def test_the_two_sentiments_read_differently():
     """By words that reviewers use, of which the probes know nothing."""
     model, share = DGLM(BOX), {}
-    prefixes = ["The movie was", "I watched it with my friends and", "The story", "The actors", "The ending"]
+    prefixes = ["The movie was", "The acting", "The story", "The actors", "The ending"]
     for guide in ("negative", "positive"):
         said = " ".join(text for text, _ in model.generate(prefixes, guide, num_samples=6))
         share[guide] = len(re.findall(NEGATIVE, said)) - len(re.findall(POSITIVE, said))

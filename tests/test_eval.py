@@ -65,6 +65,12 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert evaluation.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_same_prefix_cosine_is_the_mean_over_pairs():
+    x = F.normalize(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pairs = [a @ b for group in x for i, a in enumerate(group) for b in group[i + 1 :]]
+    assert evaluation.same_prefix_cosine(x) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+
+
 def test_diversity_counts_repeated_n_grams():
     assert evaluation.diversity(["a b c d e f"]) == 1
     assert evaluation.diversity(["a b c d", "a b c d"]) == 1 / 8  # half of each of three kinds
@@ -119,7 +125,7 @@ CONTROL = "eval.py config/small.py --task control --results"
 @pytest.fixture(scope="module")
 def evaluated(project, judge_lm):
     """The project in which every task has run, and what they printed, with judges that the probes know
-    nothing of; in killed/, one task was killed in the middle of a line and run again.
+    nothing of; in killed/, one task was killed and run again.
     """
     shutil.copytree(judge_lm, project / "judge_lm", dirs_exist_ok=True)
     (project / "config/small.py").write_text(SIZES)
@@ -131,8 +137,6 @@ def evaluated(project, judge_lm):
     def killed():
         path = project / "killed/control.jsonl"
         kill_when(f"{CONTROL} killed", project, lambda: path.exists() and path.read_bytes().count(b"\n") > 4)
-        with open(path, "a") as f:
-            f.write('{"row": "torn')
         python(f"{CONTROL} killed", project)
 
     with ThreadPoolExecutor(2) as pool:

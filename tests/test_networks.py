@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import GPT, Decoder, DiffusionTransformer, GPTConfig, PromptGenerator, Sampling, insert, pick
+from model import (
+    GPT,
+    Decoder,
+    DiffusionTransformer,
+    GPTConfig,
+    PromptGenerator,
+    Sampling,
+    attend,
+    insert,
+    pick,
+)
 
 SIZES = {"vocab_size": 97, "n_positions": 64, "n_layer": 3, "n_head": 4, "n_embd": 64}
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -20,6 +31,14 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     theirs.save_pretrained(folder)
     return theirs, GPT.from_pretrained(str(folder)).eval()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_hand_is_that_of_the_fused_kernel(causal):
+    q, k, v = torch.randn(3, 2, 3, 16, 64).unbind()
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=causal)  # on a CPU
+    torch.testing.assert_close(by_hand.float(), fused, atol=0.05, rtol=0)
 
 
 def test_logits_equal_those_of_transformers(pair):

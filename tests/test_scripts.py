@@ -20,7 +20,7 @@ from model import DGLM, configure_optimizers
 from prepare import judge_text
 from storage import Data, load_weights, read_rows, save_weights
 
-GUIDES = ("sentiment=negative", "positive", "negative:20,food:20")
+GUIDES = ("sentiment=negative", "positive", "negative:20,food:40")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def test_guidance_steers_the_text_by_the_grammars_own_truth(steered):
 
 def test_two_guides_steer_together(steered):
     hits = {}
-    for guide in ("sentiment=negative", "negative:20,food:20"):
+    for guide in ("sentiment=negative", "negative:20,food:40"):
         verdicts = [judge_text(row["continuation"])[:2] for row in steered[guide]]
         hits[guide] = verdicts.count(("negative", "food"))
-    assert hits["negative:20,food:20"] > hits["sentiment=negative"] + 5, hits
+    assert hits["negative:20,food:40"] > hits["sentiment=negative"] + 5, hits
 
 
 def test_sample_writes_what_it_promises_and_the_judge_reads_it(project, steered, call):
@@ -144,6 +144,19 @@ def test_gradient_accumulation_and_processes_see_the_rows_of_one_batch(project, 
     assert rows((3, 64, 1, every)) == rows((3, 64, 1, slice(0, None, 2)), (3, 64, 1, slice(1, None, 2)))
 
 
+def test_guides_know_where_the_data_lie(project, monkeypatch):
+    """Beside its weights a diffusion has its data's covariance; what noise adds in the encoder's dead
+    dimensions, of which MiniLM has three, is no part of a point on the sphere.
+    """
+    monkeypatch.chdir(project)
+    model, data = DGLM("out/toy", "cpu"), Data("toy")
+    (x,) = data.rows("train", np.arange(data.size["train"]), ("cont_emb",), "cpu")
+    variance, axes = model.spread
+    torch.testing.assert_close(axes * variance @ axes.T, x.T.cov(), atol=1e-3, rtol=0)
+    dead = x.std(0) < 0.5
+    assert dead.sum() == 3 and model.to_sphere(torch.randn(64, 384))[:, dead].abs().max() < 0.01
+
+
 # ---- bad input: one line on standard error, exit status 2 ----
 
 
@@ -164,6 +177,7 @@ DECODER = "train_decoder.py config/toy.py --out_dir=out/x"
 BAD = [
     ("sample.py --num_sample=3", "did you mean num_samples?"),
     ("sample.py --steps=0", "steps=0: must be from 1"),
+    ("sample.py --guide_through=probe", "guide_through: use network or estimate"),
     ("sample.py --sampler=euler", "sampler=euler: use ddpm, ddim or dpm++"),
     ("sample.py --seed=-1", "seed=-1"),
     ("sample.py --out_dir=nowhere", "nowhere/decoder.safetensors is missing"),
