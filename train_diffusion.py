@@ -2,7 +2,7 @@
 
 A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's
 embedding, given the prefix's. Squared error, weighted over noise levels, drawn where the loss is large. A
-null vector replaces a tenth of the prefixes, for classifier-free guidance. A moving average (EMA) samples.
+null vector replaces a tenth of the prefixes, for classifier-free guidance. The EMA of the weights samples.
 
     python train_diffusion.py config/toy.py
     python train_diffusion.py config/reviews.py --dataset reviews.jsonl.gz
