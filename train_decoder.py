@@ -30,17 +30,20 @@ from model import (
     GPTConfig,
     PromptGenerator,
     Sampling,
+    Tokenizer,
     configure_optimizers,
     cosine_log_snr,
     diffuse,
-    make_tokenizer,
+    load_decoder,
     schedule,
 )
 from storage import Data, autocast, generator_at, load_checkpoint, pick_device, save_weights, write_file
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
-init_from = "gpt2-large"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder of that format, or scratch
+init_from = "gpt2-large"  # a GPT-2 or Llama: hub's name, folder, .gguf, smollm2; a model's folder; or scratch
+freeze = False  # train the prompt generator alone, in front of a pretrained decoder
+word_iters = 0  # so many first steps only teach the soft tokens the continuation's words: 20 times as cheap
 n_layer = 6  # decoder from scratch: blocks
 n_head = 6  # decoder from scratch: attention heads
 n_embd = 384  # decoder from scratch: width
@@ -82,17 +85,9 @@ def main(settings):
 
     # ---- the networks, their optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
-    E, vocab_size, block_size = (data.meta[key] for key in ("E", "vocab_size", "block_size"))
-    if init_from == "scratch":
-        gpt = GPT(GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd))
-    else:
-        gpt = GPT.from_pretrained(init_from)
-        fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= block_size + soft_tokens
-        check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
-    generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
-    decoder = Decoder(gpt, PromptGenerator(**generator)).to(device)
-    optimizers = configure_optimizers(decoder, learning_rate, (beta1, beta2), weight_decay, muon)
-    network = {"gpt": asdict(gpt.config), "generator": generator}
+    decoder, network = make_decoder(data)
+    trained = decoder.generator if freeze else decoder
+    optimizers = configure_optimizers(trained, learning_rate, (beta1, beta2), weight_decay, muon)
     made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
     path = f"{out_dir}/decoder.pt"
     start, history = 0, []
@@ -100,14 +95,14 @@ def main(settings):
         checkpoint = load_checkpoint(path, made_with, device)
         start, history = checkpoint["step"], checkpoint["history"]
         print(f"resuming {path} at step {start} of {max_iters}")
-        decoder.load_state_dict(checkpoint["model"])
+        trained.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     if compile:
         decoder.compile()
     net = DistributedDataParallel(decoder) if world_size > 1 else decoder
-    print(f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M weights, on {device}")
-    print(f"{data.size['train']:,} windows of up to {block_size} tokens from {data.folder}")
+    print(f"{sum(p.numel() for p in trained.parameters()) / 1e6:.1f} M weights to train, on {device}")
+    print(f"{data.size['train']:,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
     # ---- training ----
     def read_batch(number):
@@ -128,18 +123,22 @@ def main(settings):
             log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=device), noise_scale)
             z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
             with autocast(device):
-                loss = net(tokens, length, split, z_t, log_snr.sigmoid())  # cross-entropy, nats a token
+                inputs = tokens, length, split, z_t, log_snr.sigmoid()
+                if step < word_iters:
+                    loss = decoder.word_loss(*inputs)
+                else:  # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
+                    loss = net(*inputs, continuation_only=freeze)
             (loss / gradient_accumulation).backward()
             batch = read_batch(number + 1)  # while a GPU is at work
             losses.append(loss.item())
 
         # take the step, unless the gradient overflowed
-        if torch.nn.utils.clip_grad_norm_(decoder.parameters(), grad_clip).isfinite():
+        if torch.nn.utils.clip_grad_norm_(trained.parameters(), grad_clip).isfinite():
             for optimizer in optimizers:
                 optimizer.step()
         else:
             skipped += 1
-        decoder.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
 
         if step % 10 == 0:
             rate = optimizers[0].param_groups[0]["lr"]
@@ -154,12 +153,12 @@ def main(settings):
                 with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
                     write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
                 meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
-                save_weights(out_dir, "decoder", decoder.state_dict(), meta)
+                save_weights(out_dir, "decoder", trained.state_dict(), meta)
             checkpoint = {
                 "made_with": made_with,
                 "step": step + 1,
                 "history": history,
-                "model": decoder.state_dict(),
+                "model": trained.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             write_file(path, partial(torch.save, checkpoint))
@@ -167,6 +166,32 @@ def main(settings):
             losses, skipped = [], 0
     if world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def make_decoder(data):
+    """-> the Decoder to train, as `init_from` says, on the device, and what it takes to build it again."""
+    E, vocab_size, block_size = (data.meta[key] for key in ("E", "vocab_size", "block_size"))
+    if os.path.exists(f"{init_from}/decoder.safetensors"):  # a model of this project
+        meta, decoder = load_decoder(init_from, "cpu")
+        network = meta["network"]
+    else:
+        sizes = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
+        gpt = GPT(sizes) if init_from == "scratch" else GPT.from_pretrained(init_from)
+        generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
+        network = {"gpt": asdict(gpt.config), "generator": generator}
+        decoder = Decoder(gpt, PromptGenerator(**generator))
+        if init_from != "scratch":  # soft tokens begin as long as the decoder's own
+            decoder.generator.out.weight.data *= gpt.wte.weight.std() * 3**0.5
+    gpt, room = decoder.gpt, block_size + decoder.generator.K
+    fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= room
+    check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
+    decoder.requires_grad_(True).to(device)
+    source = network.pop("frozen", {"name": init_from})["name"]
+    if freeze:  # the decoder is no part of what is saved, but where it is had, and which it is
+        others = source != "scratch" and not os.path.exists(f"{source}/decoder.safetensors")
+        check(others, f"--freeze is for a decoder that was trained elsewhere, and {source} was not")
+        network["frozen"] = decoder.freeze(source)
+    return decoder, network
 
 
 @torch.no_grad()
@@ -187,7 +212,7 @@ def evaluate(decoder, data):
             totals[level] += loss.item() * len(index) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
-    tokenizer = make_tokenizer(data.ranks)
+    tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
     tokens, length, split, x = data.rows("val", rows[:2], INPUTS, device)
     prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
     room = data.meta["block_size"] - max(1, *map(len, prompts))

@@ -29,11 +29,12 @@ from model import (
     DiffusionTransformer,
     NoiseBins,
     Sampling,
+    Tokenizer,
     configure_optimizers,
     diffuse,
     load_decoder,
+    load_diffusion,
     loss_weight,
-    make_tokenizer,
     sample,
     schedule,
     update_ema,
@@ -43,6 +44,7 @@ from storage import Data, autocast, generator_at, load_checkpoint, pick_device, 
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
+init_from = ""  # a trained model's folder, to start from its diffusion; default from scratch
 width = 768  # of the transformer, a multiple of 64
 layers = 12  # blocks, an even number
 diffusion_tokens = 64  # tokens that an embedding is cut into
@@ -84,6 +86,10 @@ def main(settings):
     torch.manual_seed(seed)
     network = {"E": data.meta["E"], "d": width, "n": layers, "M": diffusion_tokens}
     model = DiffusionTransformer(**network).to(device)
+    if init_from:
+        meta, _, model = load_diffusion(init_from, device)
+        network = meta["network"]
+        check(network["E"] == data.meta["E"], f"{init_from} was trained on embeddings of another width")
     ema = copy.deepcopy(model).requires_grad_(False)
     bins = NoiseBins().to(device)
     optimizers = configure_optimizers(model, learning_rate, (beta1, beta2), weight_decay, muon)
@@ -208,7 +214,7 @@ def evaluate(ema, decoder, data):
     proposals, truths, others = (y.cpu() * data.std + data.mean for y in shown)
     true, other = (F.cosine_similarity(proposals, y).mean().item() for y in (truths, others))
     if decoder is not None:
-        tokenizer = make_tokenizer(data.ranks)
+        tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
         prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
         room = data.meta["block_size"] - max(1, *map(len, prompts))
         texts = decoder.write(tokenizer, prompts, proposed[:2], min(32, room), Sampling(), rng)

@@ -23,12 +23,35 @@ SIZES = {"vocab_size": 97, "n_positions": 64, "n_layer": 3, "n_head": 4, "n_embd
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A random GPT-2 of transformers, in eval mode, and ours loaded from the folder that it saved."""
+def llama(n_kv_head, tied, theta, **sizes):
+    """A random Llama of transformers: tied or untied, some or all heads of queries to a head of keys."""
+    rope = {"rope_theta": theta, "rope_type": "default"}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{"vocab_size": 97, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96} | sizes,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_head,
+            tie_word_embeddings=tied,
+            rope_theta=theta,
+            rope_parameters=rope,
+            initializer_range=0.3,
+        )
+    )
+
+
+KINDS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, initializer_range=0.3)),
+    "llama": lambda: llama(2, True, 10_000.0),
+    "llama of one head of keys, untied": lambda: llama(1, False, 100_000.0, intermediate_size=160),
+    "llama of as many heads of keys": lambda: llama(4, True, 500.0, hidden_size=128, num_hidden_layers=2),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """A random decoder of transformers, in eval mode, and ours loaded from the folder that it saved."""
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, initializer_range=0.3)).eval()
-    folder = tmp_path_factory.mktemp("gpt2")
+    theirs, folder = KINDS[request.param]().eval(), tmp_path_factory.mktemp("decoder")
     theirs.save_pretrained(folder)
     return theirs, GPT.from_pretrained(str(folder)).eval()
 
@@ -66,7 +89,7 @@ def test_greedy_text_of_a_padded_batch_is_that_of_transformers_one_by_one(pair, 
 def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair):
     """With a soft prompt at the end of prompts of several lengths."""
     _, gpt = pair
-    prompts, soft = [[5, 6, 7, 8], [], [10, 11]], torch.randn(3, 4, 64)
+    prompts, soft = [[5, 6, 7, 8], [], [10, 11]], torch.randn(3, 4, gpt.config.n_embd)
     rows = gpt.generate(prompts, 10, GREEDY, soft)
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         with torch.no_grad():
@@ -124,15 +147,15 @@ def small_decoder():
 
 
 def test_decoder_loss_counts_each_real_token_that_something_precedes():
-    """Against the same cross-entropy written out row by row."""
+    """The one after the window too. Against the same cross-entropy written out row by row."""
     decoder = small_decoder()
-    tokens, length, split = torch.randint(0, 97, (3, 20)), torch.tensor([20, 11, 6]), torch.tensor([9, 0, 5])
+    tokens, length, split = torch.randint(0, 97, (3, 21)), torch.tensor([20, 11, 6]), torch.tensor([9, 0, 5])
     z, alpha2 = torch.randn(3, 64), torch.rand(3)
     with torch.no_grad():
         soft = decoder.generator(z, alpha2)
         terms = {False: [], True: []}
         for i in range(3):
-            n, s = int(length[i]), int(split[i])
+            n, s = int(length[i]) + 1, int(split[i])
             h = torch.cat((decoder.gpt.wte(tokens[i, :s]), soft[i], decoder.gpt.wte(tokens[i, s:n])))[None]
             log_p = decoder.gpt(h)[0].log_softmax(-1)
             for j in range(n):
@@ -184,7 +207,7 @@ def test_padding_is_never_a_target():
     decoder, tokens, z = small_decoder(), torch.randint(0, 97, (1, 10)), torch.randn(1, 64)
     other = tokens.clone()
     other[:, 4:] = 0
-    for split in range(4):
-        rest = torch.tensor([4]), torch.tensor([split]), z, torch.tensor([0.5])
+    for split in range(3):
+        rest = torch.tensor([3]), torch.tensor([split]), z, torch.tensor([0.5])
         with torch.no_grad():
             torch.testing.assert_close(decoder(tokens, *rest), decoder(other, *rest))

