@@ -315,7 +315,7 @@ def held_out(model):
         check(data.meta == model.data, f"{data.folder} is not the data of this model: say --text_file")
         rows = (t[:n].tolist() for t, n in zip(data.arrays["val"]["tokens"], data.arrays["val"]["length"]))
     prefixes, truths = [], []
-    for row in (row for row in rows if len(row) >= longest):
+    for row in dict.fromkeys(tuple(row) for row in rows if len(row) >= longest):  # each window once
         words = [i for i in range(1, prefix_tokens + 1) if bpe.decode_single_token_bytes(row[i])[:1] == b" "]
         if words and len(prefixes) < num_texts:
             prefixes.append(bpe.decode(row[: words[-1]]))

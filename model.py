@@ -374,9 +374,7 @@ def pick(logits, seen, sampling, rng):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019),
-    with the parameter names of its checkpoints, or Llama (Touvron et al. 2023), with the same. No dropout.
-    """
+    """GPT-2 (Radford et al. 2019), or Llama (Touvron et al. 2023) under GPT-2's names. No dropout."""
 
     def __init__(self, config):
         super().__init__()
@@ -460,8 +458,8 @@ class GPT(nn.Module):
         here = column[: T + K]
         mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
         mask |= here == here[:, None]  # padding sees itself, lest it be NaN
-        n_head = self.config.n_kv_head or self.config.n_head
-        cache = [h.new_empty(2, B, n_head, longest, block.attn.head) for block in self.h]
+        n_kv_head = self.config.n_kv_head or self.config.n_head
+        cache = [h.new_empty(2, B, n_kv_head, longest, block.attn.head) for block in self.h]
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -497,14 +495,16 @@ class Decoder(nn.Module):
         self.gpt.requires_grad_(False).to(device, precision(str(device)))
         return {"name": name, "sha256": digest}
 
-    def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
+    def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
         """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
         The soft positions carry no loss: the last prefix token predicts nothing, the last soft token predicts
-        the first of the continuation.
+        the first of the continuation. words_only: see `word_loss`.
         """
+        if words_only:
+            return self.word_loss(tokens, length, split, z, alpha2)
         soft_prompt = self.generator(z, alpha2)
         h = self.gpt.wte(tokens)
         h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
@@ -519,9 +519,10 @@ class Decoder(nn.Module):
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
 
     def word_loss(self, tokens, length, split, z, alpha2):
-        """A cheap start, without the decoder's layers: the mean -log p of a continuation's words, each drawn
-        from one of the soft tokens, p(word) = mean_k softmax(soft_k wte + log frequency), over the words of
-        the batch. Arguments: see `forward`.
+        """A cheap start, without the decoder's layers: the mean -log p of a continuation's distinct words.
+
+        Each is drawn from one of the soft tokens, p(word) = mean_k softmax(soft_k wte + log n_word) over the
+        words of the batch, where n_word rows have it. Arguments: see `forward`.
 
         A frozen decoder makes something of soft tokens that point at its own words' embeddings, and nothing
         of random ones: with its cross-entropy alone nothing is learnt for hundreds of steps.
@@ -530,11 +531,12 @@ class Decoder(nn.Module):
         column = torch.arange(tokens.shape[1], device=tokens.device)
         own = (column >= split[:, None]) & (column < length[:, None])
         words, index = tokens[own].unique(return_inverse=True)
-        bag = soft_prompt.new_zeros(len(tokens), len(words))  # which row has which word
-        bag[own.nonzero()[:, 0], index] = 1
-        logits = soft_prompt @ self.gpt.wte.weight[words].T.to(soft_prompt) + bag.sum(0).log()
-        log_p = logits.log_softmax(-1).logsumexp(1) - math.log(soft_prompt.shape[1])
-        return -(bag * log_p).sum() / bag.sum()
+        has = torch.zeros(len(tokens), len(words), device=tokens.device)
+        has[own.nonzero()[:, 0], index] = 1  # row i has word j
+        wte = self.gpt.wte.weight[words].detach().to(soft_prompt)
+        log_p = (soft_prompt @ wte.T).float() + has.sum(0).log()  # (B, K, words)
+        log_p = log_p.log_softmax(-1).logsumexp(1) - math.log(self.generator.K)
+        return -(has * log_p).sum() / has.sum()
 
     @torch.no_grad()
     def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):

@@ -52,7 +52,7 @@ max_documents = 10_000_000  # stop after so many
 block_size = 88  # longest window, in tokens of text
 encoder = "sentence-transformers/sentence-t5-xl"  # any sentence-transformers name or folder
 splits = 1  # rows of a window, each with a random split of its own
-tokenizer = "gpt2"  # gpt2, a file of ranks (.tiktoken), or a decoder as in train_decoder.py --init_from
+tokenizer = "gpt2"  # gpt2, a file of ranks (.tiktoken), or a decoder's: hub's name, folder, .gguf, smollm2
 vocab_size = 0  # the first so many ranks, <|endoftext|> included; 0: all
 val_every = 100  # one document in so many is for validation
 device = "auto"  # auto, cpu, cuda, mps, or several: cuda:0,cuda:1
@@ -316,30 +316,33 @@ def cut(tokens, size, flags):
         start = end
 
 
-def split_point(window, flags, rng):
-    """Where the continuation begins: 0 (no prefix), or a random word (or character, if there is one word)."""
+def split_points(window, flags, rng):
+    """Where the continuations begin, `splits` of them if it has as many: 0 (no prefix), or a random word (or
+    character, if there is one word).
+    """
     word, character = (np.flatnonzero(begins[window][1:]) + 1 for begins in flags[:2])
-    return int(rng.choice(np.append(0, word if len(word) else character)))
+    places = np.append(0, word if len(word) else character)
+    return rng.choice(places, min(splits, len(places)), replace=False).tolist()
 
 
 def windows(bpe, flags, text, number):
     """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each; none if
     it is empty or, of c4, no prose.
     """
-    text = re.sub(r"\s{1000,}", " ", text.strip())  # a million blanks are too many for tiktoken
+    text = re.sub(r"\s{1000,}", " ", text)  # a million blanks are too many for tiktoken
     tokens = np.array([*bpe.encode_ordinary(text), bpe.eot_token])
     if len(tokens) == 1 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
     pieces = cut(tokens, block_size, flags)
-    return [(piece, split_point(piece[:-1], flags, rng)) for piece in pieces for _ in range(splits)]
+    return [(piece, split) for piece in pieces for split in split_points(piece[:-1], flags, rng)]
 
 
 def shards(numbered, bpe, flags):
     """Pairs (number, text) -> by the SHARD [(tokens, split, whether held out)], and the documents done."""
     shard = []
     for number, text in numbered:
-        text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates: no text
+        text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates: no text
         held_out = zlib.crc32(text.encode()) % val_every == 0  # so the same text is on the same side again
         shard += [(*window, held_out) for window in windows(bpe, flags, text, number)]
         if len(shard) >= SHARD:
@@ -372,7 +375,7 @@ def join(folder, parts):
     """Writes the .npy files -> {subset: rows}, mean and deviation of train's continuation embeddings."""
     held_out = [np.load(part)["val"] for part in parts]
     n = {"train": sum(int((~val).sum()) for val in held_out), "val": sum(int(val.sum()) for val in held_out)}
-    check(all(n.values()), f"{dataset} gave too few windows: {n}")
+    check(all(n.values()), f"{dataset} gave too few windows: {n}: remove {folder}, lower --val_every")
     total = squares = 0.0
     for subset in n:
         os.makedirs(f"{folder}/{subset}", exist_ok=True)

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import zipfile
 from contextlib import nullcontext, suppress
 from functools import lru_cache
@@ -165,12 +166,13 @@ def gguf_path(name):
 @lru_cache(maxsize=1)
 def gguf_reader(path):
     """Raises InputError where the file or the package that reads it is missing."""
-    try:
-        from gguf import GGUFReader
+    check(importlib.util.find_spec("gguf"), f"{path} needs a package that reads it: pip install gguf")
+    from gguf import GGUFReader
 
+    try:
         return GGUFReader(path)
-    except (ImportError, OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e} (the package is had by: pip install gguf)") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e}") from None
 
 
 LLAMA = {  # a block's weights by our names, and by transformers'
@@ -200,7 +202,10 @@ def read_transformers(name):
 
     whole = not os.path.isdir(name) or os.path.exists(f"{name}/config.json")
     check(whole, f"{name} has no config.json: it is not a model's folder of transformers")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (ImportError, OSError, ValueError) as e:
+        raise InputError(f"cannot load {name}: {e}") from None
     c, theirs = model.config, model.state_dict()
     if c.model_type == "gpt2":
         config = {
@@ -213,7 +218,8 @@ def read_transformers(name):
         return config, weights
     check(c.model_type == "llama", f"{name} is neither a GPT-2 nor a Llama, but {c.model_type}")
     rope = getattr(c, "rope_parameters", None) or {"rope_theta": c.rope_theta, **(c.rope_scaling or {})}
-    plain = rope.get("rope_type", "default") == "default" and not (c.attention_bias or c.mlp_bias)
+    plain = rope.get("rope_type", "default") == "default" and c.hidden_act == "silu"
+    plain = plain and not c.attention_bias and not c.mlp_bias
     check(plain and c.head_dim * c.num_attention_heads == c.hidden_size, f"{name} is no plain Llama")
     config = dict(
         vocab_size=c.vocab_size,
@@ -237,7 +243,8 @@ def read_gguf(name):
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     f = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
-    plain = f["general.architecture"] == "llama" and "rope_freqs.weight" not in tensors
+    plain = f["general.architecture"] == "llama" and not any("rope.scaling" in key for key in f)
+    plain = plain and len(tensors) == 9 * f["llama.block_count"] + 2 + ("output.weight" in tensors)
     check(plain, f"{name} is no plain Llama, but {f['general.architecture']}")
     config = dict(
         vocab_size=len(tensors["token_embd.weight"].data),
@@ -271,6 +278,7 @@ def read_bpe(name):
     path = gguf_path(name)
     if path:
         fields = gguf_reader(path).fields
+        check("tokenizer.ggml.merges" in fields, f"{path}: its tokenizer is no byte-level BPE")
         tokens, merges, kind = (fields[f"tokenizer.ggml.{k}"].contents() for k in ("tokens", "merges", "pre"))
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pattern = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}.get(kind)
@@ -280,7 +288,8 @@ def read_bpe(name):
             whole = json.load(f)
         vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
         vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
-        steps = whole["pre_tokenizer"].get("pretokenizers", [whole["pre_tokenizer"]])
+        steps = whole["pre_tokenizer"] or {"type": "none"}
+        steps = steps.get("pretokenizers", [steps])
         kind = [step["type"] for step in steps]
         pattern = {"ByteLevel": GPT2_PATTERN, "Digits ByteLevel": DIGITS_APART}.get(" ".join(kind))
         if kind == ["Split", "ByteLevel"]:
@@ -301,10 +310,11 @@ def read_bpe(name):
 
 def read_pretrained(name):
     """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32. The
-    tokens of a Llama that has a tokenizer are numbered as `read_bpe` does; GPT-2's are so already.
+    tokens are numbered as `read_bpe` does, where there is a tokenizer; the hub's GPT-2s are so already.
     """
     config, weights = read_gguf(name) if gguf_path(name) else read_transformers(name)
-    if "rope_theta" in config and (not os.path.isdir(name) or os.path.exists(f"{name}/tokenizer.json")):
+    renumber = os.path.exists(f"{name}/tokenizer.json") if os.path.isdir(name) else "rope_theta" in config
+    if renumber:
         _, order, _ = read_bpe(name)
         config["vocab_size"] = len(order)
         for key in weights.keys() & {"wte.weight", "lm_head.weight"}:
@@ -319,7 +329,8 @@ def data_name(dataset):
     """`some/folder/reviews.jsonl.gz` or `reviews` -> reviews, the folder's name in data/; of several paths
     `reviews.jsonl.gz:1,news.jsonl.gz:3` -> reviews+news.
     """
-    return "+".join(os.path.basename(os.path.normpath(part)).split(".")[0] for part in dataset.split(","))
+    paths = (re.sub(r":\d+$", "", part) for part in dataset.split(","))
+    return "+".join(os.path.basename(os.path.normpath(path)).split(".")[0] for path in paths)
 
 
 class Data:

@@ -123,11 +123,9 @@ def main(settings):
             log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=device), noise_scale)
             z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
             with autocast(device):
-                inputs = tokens, length, split, z_t, log_snr.sigmoid()
-                if step < word_iters:
-                    loss = decoder.word_loss(*inputs)
-                else:  # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
-                    loss = net(*inputs, continuation_only=freeze)
+                # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
+                options = {"continuation_only": freeze, "words_only": step < word_iters}
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), **options)
             (loss / gradient_accumulation).backward()
             batch = read_batch(number + 1)  # while a GPU is at work
             losses.append(loss.item())
@@ -149,7 +147,8 @@ def main(settings):
             record |= evaluate(decoder, data)
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             history.append(record)
-            if record["loss"] == min(past["loss"] for past in history):
+            comparable = [past["loss"] for past in history if past["step"] > word_iters]
+            if record["loss"] == min(comparable, default=record["loss"]):
                 with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
                     write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
                 meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
@@ -174,6 +173,8 @@ def make_decoder(data):
     if os.path.exists(f"{init_from}/decoder.safetensors"):  # a model of this project
         meta, decoder = load_decoder(init_from, "cpu")
         network = meta["network"]
+        for key in ("E", "encoder", "tokenizer"):
+            check(meta["data"][key] == data.meta[key], f"{init_from} has another {key} than {data.folder}")
     else:
         sizes = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
         gpt = GPT(sizes) if init_from == "scratch" else GPT.from_pretrained(init_from)
@@ -197,11 +198,13 @@ def make_decoder(data):
 @torch.no_grad()
 def evaluate(decoder, data):
     """Losses of held-out continuations, told their own embeddings or other rows'; prints two texts."""
-    rows = np.arange(min(eval_rows, data.size["val"]))
+    n = data.size["val"]
+    rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
+    far = np.roll(rows, len(rows) // 2)  # of another document
     totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
-    for number, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
-        tokens, length, split, x = data.rows("val", index, INPUTS, device)
-        other = x.roll(len(x) // 2, 0)  # far enough to be of another document
+    for number, at in enumerate(np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size))):
+        tokens, length, split, x = data.rows("val", rows[at], INPUTS, device)
+        (other,) = data.rows("val", far[at], ("cont_emb",), device)
         eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
         for level in totals:
             sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
@@ -209,11 +212,11 @@ def evaluate(decoder, data):
             z = diffuse(other if level == "shuffled" else x, eps, log_snr)
             with autocast(device):
                 loss = decoder(tokens, length, split, z, log_snr.sigmoid(), continuation_only=True)
-            totals[level] += loss.item() * len(index) / len(rows)
+            totals[level] += loss.item() * len(at) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
     tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
-    tokens, length, split, x = data.rows("val", rows[:2], INPUTS, device)
+    tokens, length, split, x = data.rows("val", rows[[0, -1]], INPUTS, device)
     prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
     room = data.meta["block_size"] - max(1, *map(len, prompts))
     rng = generator_at(device, seed, 2)
@@ -228,6 +231,7 @@ def evaluate(decoder, data):
 def check_settings():
     for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
         check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
+    check(freeze or not word_iters, "--word_iters is for a decoder that is frozen (--freeze)")
     for key in ("learning_rate", "grad_clip", "noise_scale"):
         check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
 

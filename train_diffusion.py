@@ -85,11 +85,12 @@ def main(settings):
     # ---- the network, its average, its optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
     network = {"E": data.meta["E"], "d": width, "n": layers, "M": diffusion_tokens}
-    model = DiffusionTransformer(**network).to(device)
     if init_from:
         meta, _, model = load_diffusion(init_from, device)
-        network = meta["network"]
-        check(network["E"] == data.meta["E"], f"{init_from} was trained on embeddings of another width")
+        network, encoder = meta["network"], meta["data"]["encoder"]
+        check(encoder == data.meta["encoder"], f"{init_from} has another encoder than {data.folder}")
+    else:
+        model = DiffusionTransformer(**network).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     bins = NoiseBins().to(device)
     optimizers = configure_optimizers(model, learning_rate, (beta1, beta2), weight_decay, muon)
@@ -191,7 +192,8 @@ def main(settings):
 @torch.no_grad()
 def evaluate(ema, decoder, data):
     """Weighted loss, error of v at fixed levels, how near proposals come to the truth; prints two texts."""
-    rows = np.arange(min(eval_rows, data.size["val"]))
+    n = data.size["val"]
+    rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
     totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
     for number, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
         x, x_pref, split = data.rows("val", index, INPUTS, device)
@@ -206,7 +208,7 @@ def evaluate(ema, decoder, data):
             totals[level] += (factor * error).mean().item() * len(index) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
-    index = rows[: max(2, len(rows) // 8)]
+    index = rows[:: len(rows) // max(2, len(rows) // 8)]
     rng = generator_at(device, seed, 2)
     x, x_pref, split, tokens = data.rows("val", index, (*INPUTS, "tokens"), device)
     proposed = sample(ema, x_pref, split == 0, Sampling(steps=20, cfg_scale=1), rng=rng)

