@@ -495,16 +495,14 @@ class Decoder(nn.Module):
         self.gpt.requires_grad_(False).to(device, precision(str(device)))
         return {"name": name, "sha256": digest}
 
-    def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
+    def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
         """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
         The soft positions carry no loss: the last prefix token predicts nothing, the last soft token predicts
-        the first of the continuation. words_only: see `word_loss`.
+        the first of the continuation.
         """
-        if words_only:
-            return self.word_loss(tokens, length, split, z, alpha2)
         soft_prompt = self.generator(z, alpha2)
         h = self.gpt.wte(tokens)
         h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
@@ -517,26 +515,6 @@ class Decoder(nn.Module):
         targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
-
-    def word_loss(self, tokens, length, split, z, alpha2):
-        """A cheap start, without the decoder's layers: the mean -log p of a continuation's distinct words.
-
-        Each is drawn from one of the soft tokens, p(word) = mean_k softmax(soft_k wte + log n_word) over the
-        words of the batch, where n_word rows have it. Arguments: see `forward`.
-
-        A frozen decoder makes something of soft tokens that point at its own words' embeddings, and nothing
-        of random ones: with its cross-entropy alone nothing is learnt for hundreds of steps.
-        """
-        soft_prompt = self.generator(z, alpha2)  # (B, K, n_embd)
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        own = (column >= split[:, None]) & (column < length[:, None])
-        words, index = tokens[own].unique(return_inverse=True)
-        has = torch.zeros(len(tokens), len(words), device=tokens.device)
-        has[own.nonzero()[:, 0], index] = 1  # row i has word j
-        wte = self.gpt.wte.weight[words].detach().to(soft_prompt)
-        log_p = (soft_prompt @ wte.T).float() + has.sum(0).log()  # (B, K, words)
-        log_p = log_p.log_softmax(-1).logsumexp(1) - math.log(self.generator.K)
-        return -(has * log_p).sum() / has.sum()
 
     @torch.no_grad()
     def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):

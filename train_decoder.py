@@ -43,7 +43,6 @@ dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
 init_from = "gpt2-large"  # a GPT-2 or Llama: hub's name, folder, .gguf, smollm2; a model's folder; or scratch
 freeze = False  # train the prompt generator alone, in front of a pretrained decoder
-word_iters = 0  # so many first steps only teach the soft tokens the continuation's words: 20 times as cheap
 n_layer = 6  # decoder from scratch: blocks
 n_head = 6  # decoder from scratch: attention heads
 n_embd = 384  # decoder from scratch: width
@@ -124,8 +123,7 @@ def main(settings):
             z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
             with autocast(device):
                 # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
-                options = {"continuation_only": freeze, "words_only": step < word_iters}
-                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), **options)
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), continuation_only=freeze)
             (loss / gradient_accumulation).backward()
             batch = read_batch(number + 1)  # while a GPU is at work
             losses.append(loss.item())
@@ -147,8 +145,7 @@ def main(settings):
             record |= evaluate(decoder, data)
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             history.append(record)
-            comparable = [past["loss"] for past in history if past["step"] > word_iters]
-            if record["loss"] == min(comparable, default=record["loss"]):
+            if record["loss"] == min(past["loss"] for past in history):
                 with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
                     write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
                 meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
@@ -231,7 +228,6 @@ def evaluate(decoder, data):
 def check_settings():
     for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
         check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
-    check(freeze or not word_iters, "--word_iters is for a decoder that is frozen (--freeze)")
     for key in ("learning_rate", "grad_clip", "noise_scale"):
         check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
 

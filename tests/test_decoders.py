@@ -136,7 +136,7 @@ def frozen(tmp_path_factory):
         "--dataset=few+many --out_dir=out/f --batch_size=8 --eval_interval=10 --eval_rows=16 --max_iters=20"
     )
     generator = "--generator_width=64 --generator_layers=1 --learning_rate=1e-3 --warmup_iters=0"
-    python(f"train_decoder.py {sizes} {generator} --init_from=llama --freeze --word_iters=10", project)
+    python(f"train_decoder.py {sizes} {generator} --init_from=llama --freeze", project)
     python(f"train_diffusion.py {sizes} --width=64 --layers=2", project)
     return project
 
