@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import copy_scripts, python
+from conftest import IN_ONE, copy_scripts, python
 from hypothesis import given
 from hypothesis import strategies as st
 from test_networks import GREEDY, llama
@@ -131,13 +131,16 @@ def frozen(tmp_path_factory):
         )
         (project / f"{name}.jsonl").write_text("".join(rows))
     data = "--tokenizer=llama --encoder=all-MiniLM-L6-v2 --block_size=48 --val_every=5 --splits=2"
-    python(f"prepare.py --dataset=few.jsonl:1,many.jsonl:1 {data}", project)
     sizes = (
         "--dataset=few+many --out_dir=out/f --batch_size=8 --eval_interval=10 --eval_rows=16 --max_iters=20"
     )
     generator = "--generator_width=64 --generator_layers=1 --learning_rate=1e-3 --warmup_iters=0"
-    python(f"train_decoder.py {sizes} {generator} --init_from=llama --freeze", project)
-    python(f"train_diffusion.py {sizes} --width=64 --layers=2", project)
+    stages = [
+        f"prepare.py --dataset=few.jsonl:1,many.jsonl:1 {data}",
+        f"train_decoder.py {sizes} {generator} --init_from=llama --freeze",
+        f"train_diffusion.py {sizes} --width=64 --layers=2",
+    ]
+    assert "exit status" not in python(["-c", IN_ONE, *stages], project)
     return project
 
 
@@ -156,11 +159,11 @@ def test_sampling_takes_the_frozen_decoder_from_where_it_was(frozen, call):
     assert status == 0 and lines[0].startswith("Yesterday")
 
 
-def test_a_model_can_be_trained_on(frozen):
+def test_a_model_can_be_trained_on(frozen, call):
     """Its frozen decoder is still the one it was trained with."""
     sizes = "--dataset=few+many --out_dir=out/g --init_from=out/f --batch_size=8 --eval_rows=16 --max_iters=1"
-    python(f"train_decoder.py {sizes} --freeze --learning_rate=1e-9", frozen)
-    python(f"train_diffusion.py {sizes} --learning_rate=1e-9", frozen)
+    assert call(frozen, f"train_decoder.py {sizes} --freeze --learning_rate=1e-9")[0] == 0
+    assert call(frozen, f"train_diffusion.py {sizes} --learning_rate=1e-9")[0] == 0
     for name in ("decoder", "diffusion"):
         (before, old), (after, new) = (load_weights(f"{frozen}/out/{f}", name) for f in "fg")
         assert before["network"] == after["network"]
