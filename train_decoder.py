@@ -178,8 +178,6 @@ def make_decoder(data):
         generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
         network = {"gpt": asdict(gpt.config), "generator": generator}
         decoder = Decoder(gpt, PromptGenerator(**generator))
-        if init_from != "scratch":  # soft tokens begin as long as the decoder's own
-            decoder.generator.out.weight.data *= gpt.wte.weight.std() * 3**0.5
     gpt, room = decoder.gpt, block_size + decoder.generator.K
     fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= room
     check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
