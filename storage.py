@@ -208,9 +208,9 @@ def read_transformers(name):
         raise InputError(f"cannot load {name}: {e}") from None
     c, theirs = model.config, model.state_dict()
     if c.model_type == "gpt2":
-        config = {
-            key: getattr(c, key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-        }
+        check(c.activation_function == "gelu_new" and not c.n_inner, f"{name} is no plain GPT-2")
+        sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        config = {size: getattr(c, size) for size in sizes} | {"norm_eps": c.layer_norm_epsilon}
         weights = {k.removeprefix("transformer."): w for k, w in theirs.items() if k != "lm_head.weight"}
         for key in weights:
             if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):

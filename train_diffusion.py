@@ -208,7 +208,7 @@ def evaluate(ema, decoder, data):
             totals[level] += (factor * error).mean().item() * len(index) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
-    index = rows[:: len(rows) // max(2, len(rows) // 8)]
+    index = rows[:: max(1, len(rows) // max(2, len(rows) // 8))]
     rng = generator_at(device, seed, 2)
     x, x_pref, split, tokens = data.rows("val", index, (*INPUTS, "tokens"), device)
     proposed = sample(ema, x_pref, split == 0, Sampling(steps=20, cfg_scale=1), rng=rng)

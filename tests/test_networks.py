@@ -40,7 +40,9 @@ def llama(n_kv_head, tied, theta, **sizes):
 
 
 KINDS = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, initializer_range=0.3)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**SIZES, initializer_range=0.3, layer_norm_epsilon=1e-2)
+    ),
     "llama": lambda: llama(2, True, 10_000.0),
     "llama of one head of keys, untied": lambda: llama(1, False, 100_000.0, intermediate_size=160),
     "llama of as many heads of keys": lambda: llama(4, True, 500.0, hidden_size=128, num_hidden_layers=2),
