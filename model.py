@@ -495,8 +495,9 @@ class Decoder(nn.Module):
         self.gpt.requires_grad_(False).to(device, precision(str(device)))
         return {"name": name, "sha256": digest}
 
-    def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
-        """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token.
+    def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
+        """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token;
+        with words_only, without the decoder, that of `name_words`.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
@@ -504,6 +505,8 @@ class Decoder(nn.Module):
         the first of the continuation.
         """
         soft_prompt = self.generator(z, alpha2)
+        if words_only:
+            return self.name_words(tokens, length, split, soft_prompt)
         h = self.gpt.wte(tokens)
         h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
         ignore = -100  # the target of positions that carry no loss
@@ -515,6 +518,19 @@ class Decoder(nn.Module):
         targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
         return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
+
+    def name_words(self, tokens, length, split, soft_prompt):
+        """Mean cross-entropy of the continuations' tokens, as if each soft token named some -> scalar, nats.
+
+        A token w has the probability mean_k softmax_w(e_w . s_k + log count_w), its embedding e_w, among all
+        tokens of the batch's continuations, which hold it count_w times.
+        """
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        row, at = torch.where((column >= split[:, None]) & (column < length[:, None]))
+        words, index, count = tokens[row, at].unique(return_inverse=True, return_counts=True)
+        e = self.gpt.wte.weight[words].float()  # (words, n_embd)
+        log_p = (soft_prompt.float() @ e.T + count.log()).log_softmax(-1)  # (B, K, words)
+        return -(log_p.logsumexp(1)[row, index] - math.log(soft_prompt.shape[1])).mean()
 
     @torch.no_grad()
     def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):

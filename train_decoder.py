@@ -43,6 +43,7 @@ dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # where the model goes; default out/DATASET
 init_from = "gpt2-large"  # a GPT-2 or Llama: hub's name, folder, .gguf, smollm2; a model's folder; or scratch
 freeze = False  # train the prompt generator alone, in front of a pretrained decoder
+words_only = False  # to begin with, cheaply: only the words of the continuation, not in the decoder's text
 n_layer = 6  # decoder from scratch: blocks
 n_head = 6  # decoder from scratch: attention heads
 n_embd = 384  # decoder from scratch: width
@@ -123,7 +124,7 @@ def main(settings):
             z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
             with autocast(device):
                 # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
-                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), continuation_only=freeze)
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), freeze, words_only)
             (loss / gradient_accumulation).backward()
             batch = read_batch(number + 1)  # while a GPU is at work
             losses.append(loss.item())
