@@ -10,8 +10,13 @@ Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figure
 same command continues when interrupted. The table is printed in Markdown and, with matplotlib, drawn.
 
 No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
-`mine.jsonl` (TF-IDF and logistic regression, fitted to text that no probe has seen), and two packages:
-`vader`, `profanity`. Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
+two packages (`vader`, `profanity`), and judges that travel with a model, which the first line writes:
+
+    python eval.py --fit_judge labelled.jsonl --judges pretrained/NAME/judges/sentiment.npz
+    python eval.py --task control --judges vader,pretrained/NAME/judges/sentiment.npz
+
+Their text must be unknown to the probes. Fluency is judged by a causal language model: hub name, folder,
+.gguf file, or smollm2.
 """
 
 import glob
@@ -22,21 +27,33 @@ import os
 import re
 import time
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 from configurator import InputError, check, run
-from model import DGLM, Sampling, parse_guide
-from storage import Data, autocast, generator_at, gguf_path, newest_model, read_rows, sha256, write_file
+from model import DGLM, GPT, Decoder, Sampling, load_decoder, parse_guide
+from storage import (
+    Data,
+    autocast,
+    generator_at,
+    gguf_path,
+    newest_model,
+    precision,
+    read_rows,
+    sha256,
+    write_file,
+)
 
 task = "generation"  # generation, noise, control, compose, runtime or all
+fit_judge = ""  # instead: fit a judge to these JSON lines (text, label), and write it as --judges says
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 results = "results"  # folder for what comes out
 text_file = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
@@ -54,7 +71,9 @@ num_samples = 25  # control, compose: texts a prompt
 control_tokens = 20  # control, compose: tokens of each
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
 guidance_weights = "5,10,20,50,100,500,1000"  # control: beside 0
-best_of = 3  # control: of so many unguided texts the baseline takes the one that the probe likes best
+best_of = "3,10"  # control, compose: of so many unguided texts, the one that the probes like best
+experts = ""  # control, compose: DExperts, class=EXPERT+ANTI for each, folders of models with this tokenizer
+expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of their logits counts
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
@@ -62,7 +81,7 @@ seeds = 5  # repetitions: seed, seed + 1, ...; the errors in the tables are over
 steps = Sampling.steps  # of the diffusion
 sampler = Sampling.sampler  # dpm++, ddim or ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance, in all but generation
-guide_through = Sampling.guide_through  # of guides: estimate or network
+guide_through = Sampling.guide_through  # of guides: estimate, network, or both
 sigma2 = Sampling.sigma2  # noise on the proposal
 temperature = Sampling.temperature  # of the decoder
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
@@ -127,14 +146,55 @@ class LanguageModel:
                 out.append((nats[i, begin - 1 : len(row) - 1].sum().item(), len(row) - begin, feature))
         return tuple(np.array(column) for column in zip(*out))
 
+    def ask(self, wish, prefixes, count, sampling):
+        """What an instruct model writes after the prefixes, asked in words for a `wish` text -> texts."""
+        asked = [[{"role": "user", "content": f"Write a {wish} text that begins: {p}"}] for p in prefixes]
+        chats = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        begun = [chat + prefix for chat, prefix in zip(chats, prefixes)]
+        inputs = self.tokenizer(begun, return_tensors="pt", padding=True, padding_side="left").to(self.device)
+        options = {"top_k": sampling.top_k, "top_p": sampling.top_p, "temperature": sampling.temperature}
+        rows = self.model.generate(**inputs, **options, do_sample=True, max_new_tokens=count)
+        return self.tokenizer.batch_decode(rows[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def features_of(vocabulary=None):
+    """Words and pairs of words, the 50,000 most frequent, by TF-IDF."""
+    size = {"vocabulary": vocabulary} if vocabulary else {"min_df": 3, "max_features": 50_000}
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **size)
+
+
+def write_judge(source, path):
+    """Fits TF-IDF and a logistic regression to nine tenths of labelled text -> PATH, plain arrays."""
+    texts, labels = zip(*((row["text"], str(row["label"])) for row in read_rows(source, "text", "label")))
+    parts = train_test_split(texts, labels, test_size=0.1, random_state=seed, stratify=labels)
+    known, unseen, y_known, y_unseen = parts
+    features = features_of()
+    fit = LogisticRegression(C=2, max_iter=2000).fit(features.fit_transform(known), y_known)
+    accuracy = fit.score(features.transform(unseen), y_unseen)
+    arrays = {
+        "classes": fit.classes_,
+        "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),
+        "idf": features.idf_.astype(np.float16),
+        "coef": fit.coef_.astype(np.float16),
+        "intercept": fit.intercept_,
+        "accuracy": accuracy,
+    }
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_file(path, partial(np.savez_compressed, **arrays))
+    print(f"{path}: {', '.join(fit.classes_)}; accuracy {accuracy:.3f} on {len(unseen)} of {len(texts)} rows")
+
 
 def attribute_judge(name, device):
     """-> its classes, and a function of texts to their probabilities (N, classes)."""
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        known, labels = zip(*((row["text"], str(row["label"])) for row in read_rows(name, "text", "label")))
-        features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-        fit = make_pipeline(features, LogisticRegression(C=2, max_iter=2000)).fit(known, labels)
-        return fit.classes_.tolist(), fit.predict_proba
+    if name.endswith(".npz"):
+        try:
+            with np.load(name, allow_pickle=False) as f:
+                features, fit = features_of(f["words"].tobytes().decode().split("\n")), LogisticRegression()
+                features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
+                fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
+        except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
+            raise InputError(f"{name} is damaged, or not a judge of --fit_judge: {e}") from None
+        return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
     if name == "vader":
         package_folder("vaderSentiment", "pip install vaderSentiment")
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -158,15 +218,53 @@ def attribute_judge(name, device):
     return [label.lower() for label in labels], score
 
 
+class Abreast(torch.nn.ModuleList):
+    """What several networks make of the same inputs, side by side along the features."""
+
+    def forward(self, *inputs):
+        return torch.cat([network(*inputs) for network in self], dim=-1)
+
+
+class DExperts(torch.nn.Module):
+    """The logits of a decoder + a (an expert's - its anti-expert's) [Liu et al. 2021]; several pairs add up.
+
+    gpts: the decoder, an expert, its anti-expert, the next pair. They read and generate as one GPT, whose
+    embeddings are theirs, side by side, and whose layers are theirs, one after another.
+    """
+
+    generate, check_room = GPT.generate, GPT.check_room
+
+    def __init__(self, gpts, a):
+        super().__init__()
+        self.gpts, self.a, self.config = torch.nn.ModuleList(gpts), a, gpts[0].config
+        self.wte = Abreast(gpt.wte for gpt in gpts)
+        self.h = [block for gpt in gpts for block in gpt.h]
+
+    def forward(self, h, positions, mask, cache, end):
+        n, parts = self.config.n_layer, h.chunk(len(self.gpts), dim=-1)
+        caches = (cache[i : i + n] for i in range(0, len(cache), n))
+        every = zip(self.gpts, parts, caches)
+        base, *others = (gpt(part, positions, mask, own, end) for gpt, part, own in every)
+        return base + self.a * (sum(others[::2]) - sum(others[1::2]))
+
+
 class Bench:
     """A model and its judges, all loaded at once: what is missing is said before the work."""
 
     def __init__(self, model, labels):
         self.model, self.lm = model, LanguageModel(judge_lm, model.device)
         self.judges = {name: attribute_judge(name, model.device) for name in judges.split(",") if labels}
+        self.experts = {}  # class: its expert, its anti-expert
+        for label, _, folders in (item.partition("=") for item in experts.split(",") if item):
+            pair = [load_decoder(folder, model.device) for folder in folders.split("+")]
+            fits = all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
+            check(fits and len(pair) == 2, "--experts: write class=EXPERT+ANTI, of the model's tokenizer")
+            self.experts[label] = [decoder for _, decoder in pair]
+            for decoder in self.experts[label]:
+                decoder.gpt.to(precision(model.device))
         for label in labels:
             known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in self.judges.values())
-            check(known, f"--judges: none of {judges} knows {label!r}: add a .jsonl with text and label")
+            check(known, f"--judges: none of {judges} knows {label!r}: see --fit_judge")
 
     def generate(self, prefixes, guide, count, r, sampling):
         """-> a text for each prefix, and their proposals (N, E); all rows of a table have the same seeds."""
@@ -174,7 +272,7 @@ class Bench:
         written, proposals = zip(*self.model.generate(prefixes, guide, 1, count, seed + r, **options))
         return list(written), torch.stack(proposals)
 
-    def measure(self, prefixes, written, proposals):
+    def measure(self, prefixes, written, proposals=None):
         """The figures of all tables but runtime's, and the features of MAUVE."""
         nats, tokens, features = self.lm.read(prefixes, written)
         real = tokens > 0  # not the empty texts
@@ -182,8 +280,11 @@ class Bench:
             "perplexity": np.exp(nats[real] / tokens[real]).mean(),  # the paper's, which outliers rule
             "corpus perplexity": np.exp(nats.sum() / tokens.sum()),
             "Div": diversity(written),
-            "similarity": F.cosine_similarity(self.model.encode(written), proposals).mean().item(),
+            "rep-4": np.mean([repeated_4(text) for text in written]),
         }
+        if proposals is not None:
+            x = self.model.encode(written)
+            figures["similarity"] = F.cosine_similarity(x, proposals).mean().item()
         return figures, features
 
     def scores(self, label, written):
@@ -216,6 +317,12 @@ def distinct_3(texts):
     return len({g for t in texts for g in n_grams(t, 3)}) / max(1, sum(len(t.split()) for t in texts))
 
 
+def repeated_4(text):
+    """The share of a text's 4-grams that stand in it earlier."""
+    grams = n_grams(text, 4)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def same_prefix_cosine(x):
     """Variety: the mean cosine of two proposals for one prefix, x (prefixes, n, E); low is varied."""
     n = x.shape[1]
@@ -223,20 +330,10 @@ def same_prefix_cosine(x):
 
 
 def mauve(a, b, random_state):
-    """MAUVE [Pillutla et al. 2021] of two sets of texts -> 0 to 1: alike. Their features (N, width) are the
-    judge's last hidden states at the last tokens. The authors' package makes histograms over N / 10 clusters,
-    and measures their divergences from all mixtures of the two.
-    """
+    """MAUVE [Pillutla et al. 2021] of two sets of texts, by their features (N, width) -> 0 to 1: alike."""
     from mauve import compute_mauve
 
     return compute_mauve(a, b, seed=random_state, verbose=False).mauve
-
-
-def frechet(a, b):
-    """Frechet distance of the Gaussians that fit two sets of vectors (N, E): to compare at equal N."""
-    A, B = np.cov(a.T), np.cov(b.T)
-    root = np.sqrt(np.linalg.eigvals(A @ B).real.clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * root)
 
 
 # ---------- Results -----------------------------------------------------------------------------------------
@@ -344,7 +441,6 @@ def continuations(bench, book, sampling, settings):
         else:
             written, proposals = bench.generate(prefixes, "none", new_tokens, r, here)
             figures, features = bench.measure(prefixes, written, proposals)
-            figures["Frechet"] = frechet(proposals.cpu().numpy(), true.cpu().numpy())
             rng = generator_at(model.device, seed + r)
             again = [model.propose([prefix] * 20, "none", here, rng) for prefix in prefixes[:20]]
             figures["same-prefix cosine"] = same_prefix_cosine(torch.stack(again))
@@ -367,43 +463,87 @@ def noise(bench, book, sampling):
     continuations(bench, book, sampling, settings)
 
 
+def guided(bench, lines, guide, through, r, sampling):
+    """DGLM -> texts, proposals."""
+    return bench.generate(lines, guide, control_tokens, r, replace(sampling, guide_through=through))
+
+
+def best_of_n(bench, lines, guide, n, r, sampling):
+    """Of n unguided texts the one that the guide's probes find likeliest -> texts, proposals."""
+    rows = [line for line in lines for _ in range(n)]
+    written, proposals = bench.generate(rows, "none", control_tokens, r, sampling)
+    x, guides = bench.model.encode(written), parse_guide(guide, bench.model.probes)
+    likely = sum(probe.log_prob(x)[:, i] for probe, i, _ in guides).view(-1, n)
+    best = likely.argmax(1).cpu() + torch.arange(len(lines)) * n
+    return [written[i] for i in best], proposals[best]
+
+
+def by_experts(bench, lines, guide, a, r, sampling):
+    """DExperts: the decoder told nothing, and an expert and its anti-expert for each class -> texts."""
+    model, rng = bench.model, generator_at(bench.model.device, seed + r)
+    every = [model.decoder, *(decoder for label in guide.split(",") for decoder in bench.experts[label])]
+    generator = Abreast(decoder.generator for decoder in every)
+    decoder = Decoder(DExperts([decoder.gpt for decoder in every], a), generator)
+    told, written = replace(sampling, sigma2=1.0), []
+    for at in batches(lines):
+        prompts = [model.tokenizer.encode_ordinary(line) for line in lines[at]]
+        x = torch.zeros(len(prompts), model.data["E"], device=model.device)
+        written += decoder.write(model.tokenizer, prompts, x, control_tokens, told, rng)
+    return written, None
+
+
+def in_words(bench, lines, guide, _, r, sampling):
+    """The judge of fluency, an instruct model, asked for the guide's classes -> texts."""
+    torch.manual_seed(seed + r)
+    wish = guide.replace(",", " and ")
+    written = (bench.lm.ask(wish, lines[at], control_tokens, sampling) for at in batches(lines))
+    return [text for texts in written for text in texts], None
+
+
+def peers(bench, labels):
+    """{name: (way, its strength)}: what else steers to these classes, as far as it is at hand."""
+    ways = {f"best of {n:g}": (best_of_n, int(n)) for n in numbers(best_of)}
+    if set(labels) <= set(bench.experts):
+        ways |= {f"DExperts {a:g}": (by_experts, a) for a in numbers(expert_weights)}
+    if bench.lm.tokenizer.chat_template:
+        ways["asked in words"] = in_words, None
+    return ways
+
+
 def steered(bench, sampling):
-    """-> texts_by(guide, repetition, n=1): num_samples texts a prompt, and their figures. n > 1: each is
-    the best of n unguided ones, by the probe of the guide.
-    """
+    """-> texts_by(guide, way, strength, repetition): num_samples texts a prompt, and their figures."""
     check(num_samples > 1, "--num_samples: must be at least 2, to measure variety")
     lines = [line for line in prompts.split("|") for _ in range(num_samples)]
 
     @cache  # unguided texts serve every attribute
-    def texts_by(guide, r, n=1):
-        rows = [line for line in lines for _ in range(n)]
-        unguided = "none" if n > 1 else guide
-        written, proposals = bench.generate(rows, unguided, control_tokens, r, sampling)
-        if n > 1:
-            ((probe, label, _),) = parse_guide(guide, bench.model.probes)
-            likely = probe.log_prob(bench.model.encode(written))[:, label].view(-1, n)
-            best = likely.argmax(1).cpu() + torch.arange(len(lines)) * n
-            written, proposals = [written[i] for i in best], proposals[best]
+    def texts_by(guide, way, strength, r):
+        begin = time.perf_counter()
+        written, proposals = way(bench, lines, guide, strength, r, sampling)
+        seconds = (time.perf_counter() - begin) / len(lines)
         figures, _ = bench.measure(lines, written, proposals)
         figures["Dist-3"] = np.mean([distinct_3(group) for group in np.reshape(written, (-1, num_samples))])
-        figures["same-prefix cosine"] = same_prefix_cosine(
-            proposals.view(-1, num_samples, proposals.shape[1])
-        )
-        return written, figures
+        if proposals is not None:
+            groups = proposals.view(-1, num_samples, proposals.shape[1])
+            figures["same-prefix cosine"] = same_prefix_cosine(groups)
+        return written, figures | {"seconds": seconds}
 
     return texts_by
 
 
 def control(bench, book, sampling):
-    """Figures 5 and 6: attribute and fluency against the weight of the guide."""
+    """Figures 5 and 6: attribute and fluency against the weight of the guide, and what else steers."""
     texts_by, rows = steered(bench, sampling), {}
     for label in attributes.split(","):
-        rows[f"{label} 0"] = label, "none", 1
-        rows |= {f"{label} {w:g}": (label, f"{label}:{w:g}", 1) for w in numbers(guidance_weights)}
-        rows[f"{label}, best of {best_of} unguided"] = label, label, best_of
+        rows[f"{label}: weight 0"] = label, "none", guided, "estimate"
+        for through in guide_through.split(","):
+            name = {"estimate": "weight", "network": "network, weight"}[through]
+            for w in numbers(guidance_weights):
+                rows[f"{label}: {name} {w:g}"] = label, f"{label}:{w:g}", guided, through
+        for name, way in peers(bench, [label]).items():
+            rows[f"{label}: {name}"] = label, label, *way
     for row, r in book.todo(rows):
-        label, guide, n = rows[row]
-        written, figures = texts_by(guide, r, n)
+        label, *how = rows[row]
+        written, figures = texts_by(*how, r)
         for judge, score in bench.scores(label, written).items():
             figures = figures | {f"score {judge}": score.mean(), f"share {judge}": (score > 0.5).mean()}
         book.add(row, r, figures, written)
@@ -413,10 +553,14 @@ def compose(bench, book, sampling):
     """Table 3: two attributes at once, and each alone. Success is by the mean of the judges of a label."""
     texts_by, rows = steered(bench, sampling), {}
     for pair in (pair.split("+") for pair in pairs.split(",")):
-        rows |= {f"{'+'.join(pair)} by {guide}": (pair, guide) for guide in ("none", *pair, ",".join(pair))}
+        name, both = "+".join(pair), ",".join(pair)
+        for guide in ("none", *pair, both):
+            rows[f"{name}: {guide}"] = pair, guide, guided, sampling.guide_through
+        for way, how in peers(bench, pair).items():
+            rows[f"{name}: {way}"] = pair, both, *how
     for row, r in book.todo(rows):
-        pair, guide = rows[row]
-        written, figures = texts_by(guide, r)
+        pair, *how = rows[row]
+        written, figures = texts_by(*how, r)
         scores = [np.mean(list(bench.scores(label, written).values()), axis=0) for label in pair]
         first, second = (score > 0.5 for score in scores)
         shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
@@ -471,9 +615,12 @@ def numbers(text):
 
 
 def main(settings):
+    if fit_judge:
+        return write_judge(fit_judge, judges)
     wanted = list(TASKS) if task == "all" else [task]
     check(set(wanted) <= set(TASKS), f"task={task!r}: must be {', '.join(TASKS)} or all")
-    sampling = Sampling(**{field: settings[field] for field in asdict(Sampling())})
+    fields = {field: settings[field] for field in asdict(Sampling())}
+    sampling = Sampling(**fields | {"guide_through": guide_through.split(",")[0]})
     check(all(pair.count("+") == 1 for pair in pairs.split(",")), f"--pairs {pairs}: write negative+sports")
     folder = out_dir or newest_model()
     model = DGLM(folder, device)

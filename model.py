@@ -441,7 +441,7 @@ class GPT(nn.Module):
         likeliest (0: of all) top_p keeps the smallest set with that probability; repetition_penalty (Keskar
         et al. 2019) is for the tokens of the new text.
         """
-        device, B = self.wte.weight.device, len(prompts)
+        device, B = next(self.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
         T = max(1, *map(len, prompts))
         self.check_room(T, K, max_new_tokens)
