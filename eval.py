@@ -240,11 +240,11 @@ class DExperts(torch.nn.Module):
         self.wte = Abreast(gpt.wte for gpt in gpts)
         self.h = [block for gpt in gpts for block in gpt.h]
 
-    def forward(self, h, positions, mask, cache, end):
+    def forward(self, h, positions, mask, cache, end, end_row=None):
         n, parts = self.config.n_layer, h.chunk(len(self.gpts), dim=-1)
         caches = (cache[i : i + n] for i in range(0, len(cache), n))
         every = zip(self.gpts, parts, caches)
-        base, *others = (gpt(part, positions, mask, own, end) for gpt, part, own in every)
+        base, *others = (gpt(part, positions, mask, own, end, None, end_row) for gpt, part, own in every)
         return base + self.a * (sum(others[::2]) - sum(others[1::2]))
 
 
@@ -483,6 +483,7 @@ def by_experts(bench, lines, guide, a, r, sampling):
     model, rng = bench.model, generator_at(bench.model.device, seed + r)
     every = [model.decoder, *(decoder for label in guide.split(",") for decoder in bench.experts[label])]
     generator = Abreast(decoder.generator for decoder in every)
+    generator.end = model.decoder.generator.end
     decoder = Decoder(DExperts([decoder.gpt for decoder in every], a), generator)
     told, written = replace(sampling, sigma2=1.0), []
     for at in batches(lines):

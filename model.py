@@ -215,9 +215,12 @@ class Transformer(nn.Module):
 
 
 class PromptGenerator(nn.Module):
-    """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd)."""
+    """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd).
 
-    def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8):
+    ends: before a frozen decoder, which may never end a text, it also learns a change of the end's row.
+    """
+
+    def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, ends=False):
         super().__init__()
         check(d > 0 and d % HEAD == 0, f"prompt generator: its width {d} must be a multiple of {HEAD}")
         check(K > 0 and 4 * E % K == 0, f"prompt generator: {4 * E} numbers do not make {K} soft tokens")
@@ -225,6 +228,7 @@ class PromptGenerator(nn.Module):
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
+        self.end = nn.Parameter(torch.zeros(n_embd)) if ends else None
 
     def forward(self, z, alpha2):
         h = self.inp(self.widen(z).view(len(z), self.K, -1))  # (B, K, d)
@@ -407,12 +411,13 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None):
+    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None, end_row=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
         positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: for each
         layer (2, B, n_kv_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool,
-        where logits are wanted; they come as (n, vocab_size).
+        where logits are wanted; they come as (n, vocab_size). end_row: (n_embd,), added to the output row of
+        <|endoftext|>.
         """
         config, turn = self.config, None
         if positions is None:
@@ -424,7 +429,10 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             h = block(h, turn, mask, None if cache is None else cache[i], end)
         h = self.ln_f(h if keep is None else h[keep])
-        return F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
+        logits = F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
+        if end_row is not None:
+            logits[..., -1] += h @ end_row.to(h)
+        return logits
 
     def check_room(self, tokens, K, max_new_tokens):
         """Raises InputError where the longest prompt, K soft tokens and the new ones are too many."""
@@ -433,7 +441,9 @@ class GPT(nn.Module):
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None):
+    def generate(
+        self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, end_row=None
+    ):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
@@ -465,7 +475,7 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
-            logits = self(h, positions, mask, cache, end)[:, -1].float()  # (B, vocab_size)
+            logits = self(h, positions, mask, cache, end, end_row=end_row)[:, -1].float()  # (B, vocab_size)
             if stop is not None and not sampling.may_end:
                 logits[:, stop] = -math.inf
             token = pick(logits, seen, sampling, rng)
@@ -517,7 +527,9 @@ class Decoder(nn.Module):
         nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
         targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
-        return F.cross_entropy(self.gpt(h[:, :-1], keep=keep).float(), targets[keep])
+        return F.cross_entropy(
+            self.gpt(h[:, :-1], keep=keep, end_row=self.generator.end).float(), targets[keep]
+        )
 
     def name_words(self, tokens, length, split, soft_prompt):
         """Mean cross-entropy of the continuations' tokens, as if each soft token named some -> scalar, nats.
@@ -538,7 +550,8 @@ class Decoder(nn.Module):
         log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
         soft_prompt = self.generator(z, log_snr.sigmoid())
-        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, tokenizer.eot_token, rng)
+        stop, end_row = tokenizer.eot_token, self.generator.end
+        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, stop, rng, end_row)
         return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 

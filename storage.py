@@ -359,7 +359,6 @@ class Data:
     def rows(self, subset, index, columns, device):
         """Rows `index` of some columns: tokens cut to the longest, embeddings in fp32, standardised."""
         rows = []
-        index = np.sort(index)  # in the order of the file
         for name in columns:
             array = self.arrays[subset][name][index]
             if name == "tokens":
@@ -378,7 +377,7 @@ class Data:
         at = np.arange(number * batch_size, (number + 1) * batch_size)
         epochs = range(at[0] // n, at[-1] // n + 1)
         index = np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
-        return self.rows("train", index[part], columns, device)
+        return self.rows("train", np.sort(index[part]), columns, device)  # in the order of the file
 
 
 @lru_cache(maxsize=2)

@@ -100,7 +100,7 @@ def main(settings):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     if compile:
         decoder.compile()
-    net = DistributedDataParallel(decoder) if world_size > 1 else decoder
+    net = DistributedDataParallel(decoder, find_unused_parameters=words_only) if world_size > 1 else decoder
     print(f"{sum(p.numel() for p in trained.parameters()) / 1e6:.1f} M weights to train, on {device}")
     print(f"{data.size['train']:,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
 
@@ -174,9 +174,10 @@ def make_decoder(data):
         for key in ("E", "encoder", "tokenizer"):
             check(meta["data"][key] == data.meta[key], f"{init_from} has another {key} than {data.folder}")
     else:
-        sizes = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
-        gpt = GPT(sizes) if init_from == "scratch" else GPT.from_pretrained(init_from)
-        generator = dict(E=E, n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
+        config = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
+        gpt = GPT(config) if init_from == "scratch" else GPT.from_pretrained(init_from)
+        sizes = dict(n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
+        generator = dict(E=E, **sizes, ends=freeze)
         network = {"gpt": asdict(gpt.config), "generator": generator}
         decoder = Decoder(gpt, PromptGenerator(**generator))
     gpt, room = decoder.gpt, block_size + decoder.generator.K

@@ -135,7 +135,8 @@ def frozen(tmp_path_factory):
     generator = "--generator_width=64 --generator_layers=1 --learning_rate=1e-3 --warmup_iters=0"
     stages = [
         f"prepare.py --dataset=few.jsonl:1,many.jsonl:1 {data}",
-        f"train_decoder.py {sizes} {generator} --init_from=llama --freeze --max_iters=200",
+        f"train_decoder.py {sizes} {generator} --init_from=llama --freeze --max_iters=20 --words_only",
+        f"train_decoder.py {sizes} {generator} --init_from=out/f --freeze --max_iters=200 --resume=False",
         f"train_diffusion.py {sizes} --width=64 --layers=2 --max_iters=10",
     ]
     assert "exit status" not in python(["-c", IN_ONE, *stages], project)
@@ -147,6 +148,7 @@ def test_a_frozen_decoder_listens_and_is_not_in_the_checkpoint(frozen):
     meta, weights = load_weights(f"{frozen}/out/f", "decoder")
     assert meta["network"]["frozen"]["name"] == "llama" and "transformer.norm.weight" in weights
     assert not any(name.startswith(("gpt.", "wte")) for name in weights)
+    assert weights["end"].abs().max() > 0.01
     first, last = meta["history"]
     assert last["loss"] < first["loss"] and last["listens"] > 0.2
 

@@ -1,5 +1,7 @@
 """The networks. Run: python -m pytest tests/test_networks.py"""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,35 @@ def test_decoder_loss_counts_each_real_token_that_something_precedes():
         for continuation_only, expected in terms.items():
             loss = decoder(tokens, length, split, z, alpha2, continuation_only)
             assert loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
+    """By hand, on two rows whose continuations are [5 6 6] and [7]."""
+    torch.manual_seed(0)
+    decoder = Decoder(GPT(GPTConfig(9, 16, 1, 2, 16)), PromptGenerator(E=8, n_embd=16, d=64, n=1, K=4))
+    tokens, length, split = torch.tensor([[1, 5, 6, 6, 2], [3, 4, 7, 0, 0]]), torch.tensor([4, 3]), [1, 2]
+    soft_prompt = torch.randn(2, 4, 16)
+    told = []
+    for row, word in ((0, 5), (0, 6), (0, 6), (1, 7)):
+        each = [
+            {w: count * math.exp(decoder.gpt.wte.weight[w] @ s) for w, count in ((5, 1), (6, 2), (7, 1))}
+            for s in soft_prompt[row]
+        ]
+        told.append(-math.log(sum(p[word] / sum(p.values()) for p in each) / 4))
+    ours = decoder.name_words(tokens, length, torch.tensor(split), soft_prompt)
+    assert ours.item() == pytest.approx(sum(told) / 4, abs=1e-5)
+
+
+def test_the_end_row_is_a_change_of_the_last_row_of_the_output_layer():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=9, n_positions=16, n_layer=1, n_head=2, n_embd=16)
+    gpt, untied = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False))
+    end_row = torch.randn(16)
+    row = gpt.wte.weight.detach().clone()
+    row[-1] += end_row
+    untied.load_state_dict(gpt.state_dict() | {"lm_head.weight": row})
+    h = torch.randn(2, 5, 16)
+    torch.testing.assert_close(gpt(h, end_row=end_row), untied(h))
 
 
 def test_every_weight_learns():
