@@ -10,13 +10,8 @@ Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figure
 same command continues when interrupted. The table is printed in Markdown and, with matplotlib, drawn.
 
 No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
-two packages (`vader`, `profanity`), and judges that travel with a model, which the first line writes:
-
-    python eval.py --fit_judge labelled.jsonl --judges pretrained/NAME/judges/sentiment.npz
-    python eval.py --task control --judges vader,pretrained/NAME/judges/sentiment.npz
-
-Their text must be unknown to the probes. Fluency is judged by a causal language model: hub name, folder,
-.gguf file, or smollm2.
+by two packages (`vader`, `profanity`), and by .npz files, fitted by `probes.py --judge` to text that no probe
+has seen. Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
 """
 
 import glob
@@ -27,33 +22,21 @@ import os
 import re
 import time
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 from configurator import InputError, check, run
-from model import DGLM, GPT, Decoder, Sampling, load_decoder, parse_guide
-from storage import (
-    Data,
-    autocast,
-    generator_at,
-    gguf_path,
-    newest_model,
-    precision,
-    read_rows,
-    sha256,
-    write_file,
-)
+from model import DGLM, Sampling, parse_guide
+from storage import Data, autocast, generator_at, gguf_path, newest_model, read_rows, sha256, write_file
 
 task = "generation"  # generation, noise, control, compose, runtime or all
-fit_judge = ""  # instead: fit a judge to these JSON lines (text, label), and write it as --judges says
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 results = "results"  # folder for what comes out
 text_file = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
@@ -71,9 +54,7 @@ num_samples = 25  # control, compose: texts a prompt
 control_tokens = 20  # control, compose: tokens of each
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
 guidance_weights = "5,10,20,50,100,500,1000"  # control: beside 0
-best_of = "3,10"  # control, compose: of so many unguided texts, the one that the probes like best
-experts = ""  # control, compose: DExperts, class=EXPERT+ANTI for each, folders of models with this tokenizer
-expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of their logits counts
+best_of = "3,10"  # control, compose: of so many unguided texts the one that the probes find likeliest
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
@@ -81,7 +62,7 @@ seeds = 5  # repetitions: seed, seed + 1, ...; the errors in the tables are over
 steps = Sampling.steps  # of the diffusion
 sampler = Sampling.sampler  # dpm++, ddim or ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance, in all but generation
-guide_through = Sampling.guide_through  # of guides: estimate, network, or both
+guide_through = Sampling.guide_through  # of guides: estimate or network; control takes both, with a comma
 sigma2 = Sampling.sigma2  # noise on the proposal
 temperature = Sampling.temperature  # of the decoder
 top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
@@ -92,7 +73,7 @@ judge_lm = "allenai/OLMo-1B-hf"  # fluency, and the features of MAUVE
 judges = (
     "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english"
     ",s-nlp/roberta_toxicity_classifier"
-)  # of attributes: classifiers, files of labelled text, vader, profanity
+)  # of attributes: classifiers, .npz of probes.py --judge, vader, profanity
 batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first
@@ -103,11 +84,10 @@ OPPOSITE = {"negative": "positive", "positive": "negative", "toxic": "nontoxic",
 # ---------- Judges ------------------------------------------------------------------------------------------
 
 
-def package_folder(package, install):
-    """Where an optional package is installed. Raises InputError where it is not."""
+def need(package, install):
+    """Raises InputError where an optional package is not installed."""
     found = importlib.util.find_spec(package)
     check(found, f"a judge needs a package that is not installed: {install}")
-    return os.path.dirname(found.origin)
 
 
 class LanguageModel:
@@ -151,58 +131,39 @@ class LanguageModel:
         asked = [[{"role": "user", "content": f"Write a {wish} text that begins: {p}"}] for p in prefixes]
         chats = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         begun = [chat + prefix for chat, prefix in zip(chats, prefixes)]
-        inputs = self.tokenizer(begun, return_tensors="pt", padding=True, padding_side="left").to(self.device)
-        options = {"top_k": sampling.top_k, "top_p": sampling.top_p, "temperature": sampling.temperature}
-        rows = self.model.generate(**inputs, **options, do_sample=True, max_new_tokens=count)
-        return self.tokenizer.batch_decode(rows[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def features_of(vocabulary=None):
-    """Words and pairs of words, the 50,000 most frequent, by TF-IDF."""
-    size = {"vocabulary": vocabulary} if vocabulary else {"min_df": 3, "max_features": 50_000}
-    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **size)
-
-
-def write_judge(source, path):
-    """Fits TF-IDF and a logistic regression to nine tenths of labelled text -> PATH, plain arrays."""
-    texts, labels = zip(*((row["text"], str(row["label"])) for row in read_rows(source, "text", "label")))
-    parts = train_test_split(texts, labels, test_size=0.1, random_state=seed, stratify=labels)
-    known, unseen, y_known, y_unseen = parts
-    features = features_of()
-    fit = LogisticRegression(C=2, max_iter=2000).fit(features.fit_transform(known), y_known)
-    accuracy = fit.score(features.transform(unseen), y_unseen)
-    arrays = {
-        "classes": fit.classes_,
-        "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),
-        "idf": features.idf_.astype(np.float16),
-        "coef": fit.coef_.astype(np.float16),
-        "intercept": fit.intercept_,
-        "accuracy": accuracy,
-    }
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_file(path, partial(np.savez_compressed, **arrays))
-    print(f"{path}: {', '.join(fit.classes_)}; accuracy {accuracy:.3f} on {len(unseen)} of {len(texts)} rows")
+        plain = {"add_special_tokens": False, "return_token_type_ids": False}
+        inputs = self.tokenizer(begun, return_tensors="pt", padding=True, padding_side="left", **plain)
+        options = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
+        options["min_new_tokens"] = 0 if sampling.may_end else count
+        with autocast(self.device):
+            rows = self.model.generate(
+                **inputs.to(self.device), **options, do_sample=True, max_new_tokens=count
+            )
+        new = rows[:, inputs["input_ids"].shape[1] :]
+        return [text.rstrip("\ufffd") for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def attribute_judge(name, device):
     """-> its classes, and a function of texts to their probabilities (N, classes)."""
     if name.endswith(".npz"):
+        check(os.path.exists(name), f"--judges: there is no {name}")
         try:
             with np.load(name, allow_pickle=False) as f:
-                features, fit = features_of(f["words"].tobytes().decode().split("\n")), LogisticRegression()
+                words, fit = f["words"].tobytes().decode().split("\n"), LogisticRegression()
+                features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
                 features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
                 fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
         except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-            raise InputError(f"{name} is damaged, or not a judge of --fit_judge: {e}") from None
+            raise InputError(f"{name} is damaged, or not a judge of probes.py: {e}") from None
         return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
     if name == "vader":
-        package_folder("vaderSentiment", "pip install vaderSentiment")
+        need("vaderSentiment", "pip install vaderSentiment")
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
         return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
     if name == "profanity":
-        package_folder("profanity_check", "pip install alt-profanity-check")
+        need("profanity_check", "pip install alt-profanity-check")
         from profanity_check import predict_prob
 
         return ["toxic"], lambda texts: predict_prob(texts)[:, None]
@@ -218,53 +179,15 @@ def attribute_judge(name, device):
     return [label.lower() for label in labels], score
 
 
-class Abreast(torch.nn.ModuleList):
-    """What several networks make of the same inputs, side by side along the features."""
-
-    def forward(self, *inputs):
-        return torch.cat([network(*inputs) for network in self], dim=-1)
-
-
-class DExperts(torch.nn.Module):
-    """The logits of a decoder + a (an expert's - its anti-expert's) [Liu et al. 2021]; several pairs add up.
-
-    gpts: the decoder, an expert, its anti-expert, the next pair. They read and generate as one GPT, whose
-    embeddings are theirs, side by side, and whose layers are theirs, one after another.
-    """
-
-    generate, check_room = GPT.generate, GPT.check_room
-
-    def __init__(self, gpts, a):
-        super().__init__()
-        self.gpts, self.a, self.config = torch.nn.ModuleList(gpts), a, gpts[0].config
-        self.wte = Abreast(gpt.wte for gpt in gpts)
-        self.h = [block for gpt in gpts for block in gpt.h]
-
-    def forward(self, h, positions, mask, cache, end, end_row=None):
-        n, parts = self.config.n_layer, h.chunk(len(self.gpts), dim=-1)
-        caches = (cache[i : i + n] for i in range(0, len(cache), n))
-        every = zip(self.gpts, parts, caches)
-        base, *others = (gpt(part, positions, mask, own, end, None, end_row) for gpt, part, own in every)
-        return base + self.a * (sum(others[::2]) - sum(others[1::2]))
-
-
 class Bench:
     """A model and its judges, all loaded at once: what is missing is said before the work."""
 
     def __init__(self, model, labels):
         self.model, self.lm = model, LanguageModel(judge_lm, model.device)
         self.judges = {name: attribute_judge(name, model.device) for name in judges.split(",") if labels}
-        self.experts = {}  # class: its expert, its anti-expert
-        for label, _, folders in (item.partition("=") for item in experts.split(",") if item):
-            pair = [load_decoder(folder, model.device) for folder in folders.split("+")]
-            fits = all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
-            check(fits and len(pair) == 2, "--experts: write class=EXPERT+ANTI, of the model's tokenizer")
-            self.experts[label] = [decoder for _, decoder in pair]
-            for decoder in self.experts[label]:
-                decoder.gpt.to(precision(model.device))
         for label in labels:
             known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in self.judges.values())
-            check(known, f"--judges: none of {judges} knows {label!r}: see --fit_judge")
+            check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
 
     def generate(self, prefixes, guide, count, r, sampling):
         """-> a text for each prefix, and their proposals (N, E); all rows of a table have the same seeds."""
@@ -423,7 +346,7 @@ def held_out(model):
 
 def continuations(bench, book, sampling, settings):
     """What generation and noise share. settings: {row: what differs from `sampling`}."""
-    package_folder("mauve", "pip install mauve-text")
+    need("mauve", "pip install mauve-text")
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true = held_out(model)
     reference, reference_features = bench.measure(prefixes, truths, true)
@@ -478,21 +401,6 @@ def best_of_n(bench, lines, guide, n, r, sampling):
     return [written[i] for i in best], proposals[best]
 
 
-def by_experts(bench, lines, guide, a, r, sampling):
-    """DExperts: the decoder told nothing, and an expert and its anti-expert for each class -> texts."""
-    model, rng = bench.model, generator_at(bench.model.device, seed + r)
-    every = [model.decoder, *(decoder for label in guide.split(",") for decoder in bench.experts[label])]
-    generator = Abreast(decoder.generator for decoder in every)
-    generator.end = model.decoder.generator.end
-    decoder = Decoder(DExperts([decoder.gpt for decoder in every], a), generator)
-    told, written = replace(sampling, sigma2=1.0), []
-    for at in batches(lines):
-        prompts = [model.tokenizer.encode_ordinary(line) for line in lines[at]]
-        x = torch.zeros(len(prompts), model.data["E"], device=model.device)
-        written += decoder.write(model.tokenizer, prompts, x, control_tokens, told, rng)
-    return written, None
-
-
 def in_words(bench, lines, guide, _, r, sampling):
     """The judge of fluency, an instruct model, asked for the guide's classes -> texts."""
     torch.manual_seed(seed + r)
@@ -501,20 +409,19 @@ def in_words(bench, lines, guide, _, r, sampling):
     return [text for texts in written for text in texts], None
 
 
-def peers(bench, labels):
-    """{name: (way, its strength)}: what else steers to these classes, as far as it is at hand."""
+def baselines(bench, sampling):
+    """{name: (way, its strength)}: what else steers."""
     ways = {f"best of {n:g}": (best_of_n, int(n)) for n in numbers(best_of)}
-    if set(labels) <= set(bench.experts):
-        ways |= {f"DExperts {a:g}": (by_experts, a) for a in numbers(expert_weights)}
-    if bench.lm.tokenizer.chat_template:
+    if bench.lm.tokenizer.chat_template and sampling.temperature > 0:
         ways["asked in words"] = in_words, None
     return ways
 
 
-def steered(bench, sampling):
-    """-> texts_by(guide, way, strength, repetition): num_samples texts a prompt, and their figures."""
+def steer(bench, book, sampling, rows):
+    """What control and compose share. rows: {name: (classes, guide, way, its strength)}."""
     check(num_samples > 1, "--num_samples: must be at least 2, to measure variety")
     lines = [line for line in prompts.split("|") for _ in range(num_samples)]
+    bench.model.encode(lines[:1])  # loads the encoder, which is no part of the seconds
 
     @cache  # unguided texts serve every attribute
     def texts_by(guide, way, strength, r):
@@ -528,44 +435,42 @@ def steered(bench, sampling):
             figures["same-prefix cosine"] = same_prefix_cosine(groups)
         return written, figures | {"seconds": seconds}
 
-    return texts_by
+    for row, r in book.todo(rows):
+        labels, *how = rows[row]
+        written, figures = texts_by(*how, r)
+        scores = [bench.scores(label, written) for label in labels]
+        if len(labels) == 1:
+            shares = {f"share {judge}": (p > 0.5).mean() for judge, p in scores[0].items()}
+        else:  # by the mean of the judges of a class
+            first, second = (np.mean(list(each.values()), axis=0) > 0.5 for each in scores)
+            shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
+        book.add(row, r, shares | figures, written)
 
 
 def control(bench, book, sampling):
     """Figures 5 and 6: attribute and fluency against the weight of the guide, and what else steers."""
-    texts_by, rows = steered(bench, sampling), {}
+    rows = {}
     for label in attributes.split(","):
-        rows[f"{label}: weight 0"] = label, "none", guided, "estimate"
+        rows[f"{label}: weight 0"] = [label], "none", guided, "estimate"
         for through in guide_through.split(","):
-            name = {"estimate": "weight", "network": "network, weight"}[through]
+            name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
-                rows[f"{label}: {name} {w:g}"] = label, f"{label}:{w:g}", guided, through
-        for name, way in peers(bench, [label]).items():
-            rows[f"{label}: {name}"] = label, label, *way
-    for row, r in book.todo(rows):
-        label, *how = rows[row]
-        written, figures = texts_by(*how, r)
-        for judge, score in bench.scores(label, written).items():
-            figures = figures | {f"score {judge}": score.mean(), f"share {judge}": (score > 0.5).mean()}
-        book.add(row, r, figures, written)
+                rows[f"{label}: {name} {w:g}"] = [label], f"{label}:{w:g}", guided, through
+        for name, way in baselines(bench, sampling).items():
+            rows[f"{label}: {name}"] = [label], label, *way
+    steer(bench, book, sampling, rows)
 
 
 def compose(bench, book, sampling):
-    """Table 3: two attributes at once, and each alone. Success is by the mean of the judges of a label."""
-    texts_by, rows = steered(bench, sampling), {}
+    """Table 3: two attributes at once, and each alone."""
+    rows = {}
     for pair in (pair.split("+") for pair in pairs.split(",")):
         name, both = "+".join(pair), ",".join(pair)
         for guide in ("none", *pair, both):
             rows[f"{name}: {guide}"] = pair, guide, guided, sampling.guide_through
-        for way, how in peers(bench, pair).items():
+        for way, how in baselines(bench, sampling).items():
             rows[f"{name}: {way}"] = pair, both, *how
-    for row, r in book.todo(rows):
-        pair, *how = rows[row]
-        written, figures = texts_by(*how, r)
-        scores = [np.mean(list(bench.scores(label, written).values()), axis=0) for label in pair]
-        first, second = (score > 0.5 for score in scores)
-        shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
-        book.add(row, r, shares | figures, written)
+    steer(bench, book, sampling, rows)
 
 
 def runtime(bench, book, sampling):
@@ -616,19 +521,17 @@ def numbers(text):
 
 
 def main(settings):
-    if fit_judge:
-        return write_judge(fit_judge, judges)
     wanted = list(TASKS) if task == "all" else [task]
     check(set(wanted) <= set(TASKS), f"task={task!r}: must be {', '.join(TASKS)} or all")
     fields = {field: settings[field] for field in asdict(Sampling())}
-    sampling = Sampling(**fields | {"guide_through": guide_through.split(",")[0]})
+    sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in guide_through.split(",")]
     check(all(pair.count("+") == 1 for pair in pairs.split(",")), f"--pairs {pairs}: write negative+sports")
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     given = filter(os.path.isfile, [text_file, judge_lm, *judges.split(",")])
     for path in (*glob.glob(f"{folder}/*.safetensors"), *glob.glob(f"{folder}/probes/*.npz"), *given):
-        made_with[os.path.basename(path)] = sha256(path)
+        made_with[os.path.relpath(path, folder)] = sha256(path)
     labels = attributes.split(",") if "control" in wanted else []
     labels += re.split("[,+]", pairs) if "compose" in wanted else []
     parse_guide(",".join(labels), model.probes)  # says it now where no probe has that class

@@ -215,10 +215,7 @@ class Transformer(nn.Module):
 
 
 class PromptGenerator(nn.Module):
-    """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd).
-
-    ends: before a frozen decoder, which may never end a text, it also learns a change of the end's row.
-    """
+    """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd)."""
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, ends=False):
         super().__init__()
@@ -228,6 +225,7 @@ class PromptGenerator(nn.Module):
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
+        # for a frozen decoder, which may never end a text: what is added to its output row of <|endoftext|>
         self.end = nn.Parameter(torch.zeros(n_embd)) if ends else None
 
     def forward(self, z, alpha2):
@@ -411,13 +409,13 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None, end_row=None):
+    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None, eot_row=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
         positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: for each
         layer (2, B, n_kv_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool,
-        where logits are wanted; they come as (n, vocab_size). end_row: (n_embd,), added to the output row of
-        <|endoftext|>.
+        where logits are wanted; they come as (n, vocab_size). eot_row: (n_embd,), added to the output layer's
+        row of <|endoftext|>.
         """
         config, turn = self.config, None
         if positions is None:
@@ -430,8 +428,8 @@ class GPT(nn.Module):
             h = block(h, turn, mask, None if cache is None else cache[i], end)
         h = self.ln_f(h if keep is None else h[keep])
         logits = F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
-        if end_row is not None:
-            logits[..., -1] += h @ end_row.to(h)
+        if eot_row is not None:
+            logits[..., -1] += h @ eot_row.to(h)
         return logits
 
     def check_room(self, tokens, K, max_new_tokens):
@@ -441,15 +439,13 @@ class GPT(nn.Module):
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
     @torch.no_grad()
-    def generate(
-        self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, end_row=None
-    ):
+    def generate(self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, eot=None):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
         standing at their ends. sampling: a `Sampling`; temperature 0 takes the likeliest token; of the top_k
         likeliest (0: of all) top_p keeps the smallest set with that probability; repetition_penalty (Keskar
-        et al. 2019) is for the tokens of the new text.
+        et al. 2019) is for the tokens of the new text. eot: the eot_row of `forward`.
         """
         device, B = next(self.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
@@ -468,14 +464,14 @@ class GPT(nn.Module):
         here = column[: T + K]
         mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
         mask |= here == here[:, None]  # padding sees itself, lest it be NaN
-        n_kv_head = self.config.n_kv_head or self.config.n_head
-        cache = [h.new_empty(2, B, n_kv_head, longest, block.attn.head) for block in self.h]
+        sizes = [(block.attn.sizes[1] // block.attn.head, longest, block.attn.head) for block in self.h]
+        cache = [h.new_empty(2, B, *size) for size in sizes]
 
         new = torch.empty(B, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end, positions = T + K, (here - pad[:, None]).clamp(min=0)
         while True:
-            logits = self(h, positions, mask, cache, end, end_row=end_row)[:, -1].float()  # (B, vocab_size)
+            logits = self(h, positions, mask, cache, end, eot_row=eot)[:, -1].float()  # (B, vocab_size)
             if stop is not None and not sampling.may_end:
                 logits[:, stop] = -math.inf
             token = pick(logits, seen, sampling, rng)
@@ -527,9 +523,8 @@ class Decoder(nn.Module):
         nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
         targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
-        return F.cross_entropy(
-            self.gpt(h[:, :-1], keep=keep, end_row=self.generator.end).float(), targets[keep]
-        )
+        logits = self.gpt(h[:, :-1], keep=keep, eot_row=self.generator.end)
+        return F.cross_entropy(logits.float(), targets[keep])
 
     def name_words(self, tokens, length, split, soft_prompt):
         """Mean cross-entropy of the continuations' tokens, as if each soft token named some -> scalar, nats.
@@ -540,8 +535,7 @@ class Decoder(nn.Module):
         column = torch.arange(tokens.shape[1], device=tokens.device)
         row, at = torch.where((column >= split[:, None]) & (column < length[:, None]))
         words, index, count = tokens[row, at].unique(return_inverse=True, return_counts=True)
-        e = self.gpt.wte.weight[words].float()  # (words, n_embd)
-        log_p = (soft_prompt.float() @ e.T + count.log()).log_softmax(-1)  # (B, K, words)
+        log_p = (soft_prompt @ self.gpt.wte.weight[words].T + count.log()).log_softmax(-1)  # (B, K, words)
         return -(log_p.logsumexp(1)[row, index] - math.log(soft_prompt.shape[1])).mean()
 
     @torch.no_grad()
@@ -550,8 +544,8 @@ class Decoder(nn.Module):
         log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
         soft_prompt = self.generator(z, log_snr.sigmoid())
-        stop, end_row = tokenizer.eot_token, self.generator.end
-        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, stop, rng, end_row)
+        stop, eot = tokenizer.eot_token, self.generator.end
+        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, stop, rng, eot)
         return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 

@@ -3,10 +3,11 @@
     python probes.py --data mine.jsonl                          JSON lines with text and label
     python probes.py --data sentiment --out_dir out/c4          the paper's attributes, from
     python probes.py --data toxicity,topic --out_dir out/c4     the hub
+    python probes.py --data other.jsonl --judge judge.npz       no probe, but a judge for eval.py
 
 Writes OUT_DIR/probes/NAME.npz; then `python sample.py --guide LABEL` steers towards any of its labels.
 Nothing else is trained again. The accuracy, F1 and AUC are of a tenth of the rows, which the probe did not
-see.
+see. A judge reads the texts themselves, by TF-IDF; its text must be unknown to the probe that it judges.
 """
 
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -25,6 +27,7 @@ from storage import hub_file, load_weights, newest_model, read_rows, write_file
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # of the probe; default the file's name
+judge = ""  # the .npz file of a judge to fit instead
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 encoder = ""  # default the model's; a sentence-transformers name or folder
 inverse_penalty = 1000.0  # scikit-learn's C
@@ -44,11 +47,14 @@ SOURCES = {  # the paper's attributes: files of the hub, and what their labels 0
 def main(settings):
     check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
     check(weight > 0 and inverse_penalty > 0, "--weight and --inverse_penalty must be above 0")
+    sources = data.split(",")
+    check(len(sources) == 1 or not (name or judge), "--name and --judge are for a single source of data")
+    check(not judge or judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
+    labelled = [read_labelled(source) for source in sources]  # what is wrong with them is said now
+    if judge:
+        return train_judge(*labelled[0])
     folder = out_dir or newest_model()
     encoder_name = encoder or load_weights(folder, "decoder")[0]["data"]["encoder"]
-    sources = data.split(",")
-    check(len(sources) == 1 or not name, "--name is for a single source of data")
-    labelled = [read_labelled(source) for source in sources]  # what is wrong with them is said now
     print(f"for the model {folder}")
     encode = load_encoder(encoder_name, device)
     os.makedirs(f"{folder}/probes", exist_ok=True)
@@ -78,6 +84,25 @@ def train_probe(x, labels, probe, class_weight):
         coef, intercept = np.vstack((np.zeros_like(coef), coef)), np.append(np.float32(0), intercept)
     arrays = {"classes": np.array(classes), "coef": coef, "intercept": intercept}
     return arrays | {"accuracy": accuracy, "f1": f1, "auc": auc, "rows": len(labels)}
+
+
+def train_judge(texts, labels):
+    """Fits words and pairs of words to nine tenths of the rows, and writes plain arrays."""
+    parts = train_test_split(texts, labels, test_size=0.1, random_state=seed, stratify=labels)
+    known, unseen, y_known, y_unseen = parts
+    features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3, max_features=50_000)
+    fit = LogisticRegression(C=2, max_iter=max_iter).fit(features.fit_transform(known), y_known)
+    arrays = {
+        "classes": fit.classes_,
+        "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),
+        "idf": features.idf_.astype(np.float16),
+        "coef": fit.coef_.astype(np.float16),
+        "intercept": fit.intercept_,
+        "accuracy": fit.score(features.transform(unseen), y_unseen),
+        "rows": len(labels),
+    }
+    write_file(judge, partial(np.savez_compressed, **arrays))
+    print(f"{judge}: {', '.join(fit.classes_)}; accuracy {arrays['accuracy']:.3f} on {len(unseen)} rows")
 
 
 def read_labelled(source):

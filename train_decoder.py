@@ -89,6 +89,7 @@ def main(settings):
     trained = decoder.generator if freeze else decoder
     optimizers = configure_optimizers(trained, learning_rate, (beta1, beta2), weight_decay, muon)
     made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
+    made_with["words_only"] = words_only or None
     path = f"{out_dir}/decoder.pt"
     start, history = 0, []
     if resume and os.path.exists(path):
@@ -146,7 +147,7 @@ def main(settings):
             record |= evaluate(decoder, data)
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             history.append(record)
-            if record["loss"] == min(past["loss"] for past in history):
+            if words_only or record["loss"] == min(past["loss"] for past in history):
                 with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
                     write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
                 meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
@@ -226,6 +227,7 @@ def evaluate(decoder, data):
 
 
 def check_settings():
+    check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
     for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
         check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
     for key in ("learning_rate", "grad_clip", "noise_scale"):

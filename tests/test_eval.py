@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import kill_when, python
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
 
 import eval as evaluation
-from model import GPT, GPTConfig, Sampling
+import probes
 from prepare import toy_documents
 
 SIZES = """
@@ -35,21 +39,19 @@ attributes = "negative,sports"
 guidance_weights = "20"
 guide_through = "estimate,network"
 best_of = "3"
-experts = "negative=out/toy+out/toy"
-expert_weights = "2"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
 seeds = 2
 """
-WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "DExperts 2", "asked in words"]
+WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "asked in words"]
 ALONE = ["none", "negative", "sports", "negative,sports", "best of 3", "asked in words"]
 ROWS = {
     "generation": ["reference", "true embedding", "plain decoder, temperature 1", "w 1", "w 3"],
     "noise": ["reference", "sigma2 0", "sigma2 1"],
     "control": [
         *(f"negative: {way}" for way in WAYS),
-        *(f"sports: {way}" for way in WAYS if way != "DExperts 2"),
+        *(f"sports: {way}" for way in WAYS),
     ],
     "compose": [f"negative+sports: {way}" for way in ALONE],
     "runtime": ["batch 1, tokens 8", "batch 4, tokens 8"],
@@ -113,50 +115,22 @@ def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
         np.testing.assert_allclose(feature, theirs.hidden_states[-1][0, -1], atol=0.05)
 
 
-def test_a_written_judge_judges_as_it_was_fitted(tmp_path, capsys):
+@pytest.mark.parametrize("moods", [["bad", "good"], ["bad", "good", "odd"]])
+def test_a_judge_that_travels_judges_as_it_was_fitted(moods, tmp_path, monkeypatch, capsys):
     """Its arrays, in half precision, are enough to build it again."""
-    rows = [
-        {"text": f"The {w} was {w} {i % 7}", "label": w} for i in range(60) for w in ("good", "bad", "odd")
-    ]
-    source, path = tmp_path / "rows.jsonl", str(tmp_path / "judges/moods.npz")
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation.write_judge(str(source), path)
-    classes, score = evaluation.attribute_judge(path, "cpu")
-    p = score(["a good day", "a bad day", "an odd day", ""])
-    assert classes == ["bad", "good", "odd"] and p[:3].argmax(1).tolist() == [1, 0, 2]
-    np.testing.assert_allclose(p.sum(1), 1)
-    assert "accuracy 1.000 on 18 of 180 rows" in capsys.readouterr().out
-
-
-# ---- DExperts ----
-
-
-def small_gpts(n):
-    torch.manual_seed(0)
-    gpts = [GPT(GPTConfig(50, 32, 2, 2, 16)) for _ in range(n)]
-    for gpt in gpts:
-        gpt.requires_grad_(False).wte.weight.mul_(20)
-    return gpts
-
-
-def test_dexperts_adds_the_difference_of_the_experts_logits():
-    """Token by token with a cache as the three decoders one by one, greedily."""
-    gpts = small_gpts(3)
-    row = [1, 2, 3]
-    for _ in range(8):
-        base, expert, anti = (gpt(gpt.wte(torch.tensor([row])))[0, -1] for gpt in gpts)
-        row.append((base + 0.7 * (expert - anti)).argmax().item())
-    greedy = Sampling(temperature=0, repetition_penalty=1)
-    assert evaluation.DExperts(gpts, 0.7).generate([row[:3]], 8, greedy) == [row[3:]]
-
-
-def test_an_expert_that_is_its_own_opposite_changes_nothing():
-    base, expert = small_gpts(2)
-    generated = [
-        gpt.generate([[1, 2], [3]], 8, Sampling(), rng=torch.Generator().manual_seed(0))
-        for gpt in (base, evaluation.DExperts([base, expert, expert], 3.0))
-    ]
-    assert generated[0] == generated[1]
+    rng = np.random.default_rng(0)
+    texts = [" ".join([*rng.choice(["it", "was", "so", "a", *moods], 6), mood]) for mood in moods * 60]
+    monkeypatch.setattr(probes, "judge", str(tmp_path / "moods.npz"))
+    probes.train_judge(texts, moods * 60)
+    classes, score = evaluation.attribute_judge(probes.judge, "cpu")
+    parts = train_test_split(texts, moods * 60, test_size=0.1, random_state=1337, stratify=moods * 60)
+    features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3)
+    fitted = make_pipeline(features, LogisticRegression(C=2)).fit(parts[0], parts[2])
+    assert classes == moods
+    np.testing.assert_allclose(score(texts), fitted.predict_proba(texts), atol=5e-3)
+    assert (
+        f"accuracy {fitted.score(parts[1], parts[3]):.3f} on {len(parts[1])} rows" in capsys.readouterr().out
+    )
 
 
 # ---- every task, on the toy ----
@@ -178,11 +152,12 @@ def evaluated(project, judge_lm):
     """
     shutil.copytree(judge_lm, project / "judge_lm", dirs_exist_ok=True)
     (project / "config/small.py").write_text(SIZES)
+    (project / "judges").mkdir(exist_ok=True)
     documents = [document for document, _ in zip(toy_documents(99), range(400))]
     for name, at in (("sentiment", 1), ("topic", 2)):
         rows = (json.dumps({"text": row[0], "label": row[at]}) + "\n" for row in documents)
         (project / f"{name}.jsonl").write_text("".join(rows))
-        python(f"eval.py --fit_judge {name}.jsonl --judges judges/{name}.npz", project)
+        python(f"probes.py --data {name}.jsonl --judge judges/{name}.npz", project)
 
     def killed():
         path = project / "killed/control.jsonl"
@@ -215,7 +190,7 @@ def test_the_tables_tell_what_the_method_promises(evaluated):
         return np.mean([line["figures"][figure] for line in lines if line["row"] == row])
 
     guided, free = (
-        mean("control", f"negative: weight {weight}", "score sentiment.npz") for weight in (20, 0)
+        mean("control", f"negative: weight {weight}", "share sentiment.npz") for weight in (20, 0)
     )
     assert guided > free + 0.1
     assert mean("noise", "sigma2 0", "similarity") > mean("noise", "sigma2 1", "similarity")
@@ -237,7 +212,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
     np.savez(path, **dict(np.load(path)) | {"weight": 99.0})
     status, _, line = call(project, f"{CONTROL} results")
     path.write_bytes(before)
-    assert status == 2 and "results/control.jsonl was made with other topic.npz" in line
+    assert status == 2 and "results/control.jsonl was made with other probes/topic.npz" in line
 
 
 @pytest.mark.parametrize(
@@ -251,8 +226,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
         ("--task noise --noise_levels 0,2", "sigma2=2.0: must be from 0"),
         ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
         ("--task noise --judge_lm config", "cannot load config"),
-        ("--task control --judges nowhere.npz", "nowhere.npz is damaged, or not a judge"),
-        ("--task control --experts negative=out/toy", "write class=EXPERT+ANTI"),
+        ("--task control --judges nowhere.npz", "there is no nowhere.npz"),
         ("--task noise --new_tokens 900", "only 0 held-out texts of 910 tokens"),
     ],
 )

@@ -189,16 +189,21 @@ def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
     assert ours.item() == pytest.approx(sum(told) / 4, abs=1e-5)
 
 
-def test_the_end_row_is_a_change_of_the_last_row_of_the_output_layer():
+def test_what_is_added_to_the_row_of_the_end_ends_texts_or_never_does():
+    """It is a change of the last row of the output layer; writing draws the end accordingly."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=9, n_positions=16, n_layer=1, n_head=2, n_embd=16)
-    gpt, untied = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False))
-    end_row = torch.randn(16)
-    row = gpt.wte.weight.detach().clone()
-    row[-1] += end_row
-    untied.load_state_dict(gpt.state_dict() | {"lm_head.weight": row})
+    sizes = dict(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16)
+    gpt, untied, row = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False)), torch.randn(16)
+    head = gpt.wte.weight.detach().clone()
+    head[-1] += row
+    untied.load_state_dict(gpt.state_dict() | {"lm_head.weight": head})
     h = torch.randn(2, 5, 16)
-    torch.testing.assert_close(gpt(h, end_row=end_row), untied(h))
+    torch.testing.assert_close(gpt(h, eot_row=row), untied(h))
+
+    gpt.ln_f.bias.data += 1  # so that the sign of the row decides
+    for eot, ended in ((torch.full((16,), 9.0), True), (torch.full((16,), -9.0), False)):
+        (written,) = gpt.generate([[1, 2]], 20, Sampling(), stop=8, eot=eot)
+        assert (written == []) == ended and (ended or len(written) == 20)
 
 
 def test_every_weight_learns():
