@@ -515,9 +515,9 @@ def batches(rows):
 
 
 def numbers(text):
-    """`0,0.05,1` -> [0.0, 0.05, 1.0]."""
-    check(re.fullmatch(r"\d[\d.,]*", text), f"{text!r}: must be numbers, with commas between them")
-    return [float(item) for item in text.split(",")]
+    """`0,0.05,1` -> [0.0, 0.05, 1.0]; none of an empty text."""
+    check(re.fullmatch(r"[\d.,]*", text), f"{text!r}: must be numbers, with commas between them")
+    return [float(item) for item in text.split(",") if item]
 
 
 def main(settings):
