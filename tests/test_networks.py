@@ -181,7 +181,10 @@ def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
     told = []
     for row, word in ((0, 5), (0, 6), (0, 6), (1, 7)):
         each = [
-            {w: count * math.exp(decoder.gpt.wte.weight[w] @ s) for w, count in ((5, 1), (6, 2), (7, 1))}
+            {
+                w: count * math.exp((decoder.gpt.wte.weight[w] @ s).item())
+                for w, count in ((5, 1), (6, 2), (7, 1))
+            }
             for s in soft_prompt[row]
         ]
         told.append(-math.log(sum(p[word] / sum(p.values()) for p in each) / 4))
