@@ -217,7 +217,7 @@ class Transformer(nn.Module):
 class PromptGenerator(nn.Module):
     """Stage 1: a noisy embedding z (B, E) and its alpha^2 (B,) -> soft tokens (B, K, n_embd)."""
 
-    def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, ends=False):
+    def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, frozen=False):
         super().__init__()
         check(d > 0 and d % HEAD == 0, f"prompt generator: its width {d} must be a multiple of {HEAD}")
         check(K > 0 and 4 * E % K == 0, f"prompt generator: {4 * E} numbers do not make {K} soft tokens")
@@ -226,7 +226,7 @@ class PromptGenerator(nn.Module):
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
         # for a frozen decoder, which may never end a text: what is added to its output row of <|endoftext|>
-        self.end = nn.Parameter(torch.zeros(n_embd)) if ends else None
+        self.end = nn.Parameter(torch.zeros(n_embd)) if frozen else None
 
     def forward(self, z, alpha2):
         h = self.inp(self.widen(z).view(len(z), self.K, -1))  # (B, K, d)
@@ -439,13 +439,16 @@ class GPT(nn.Module):
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, eot=None):
+    def generate(
+        self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, eot=None, first=False
+    ):
         """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
-        standing at their ends. sampling: a `Sampling`; temperature 0 takes the likeliest token; of the top_k
-        likeliest (0: of all) top_p keeps the smallest set with that probability; repetition_penalty (Keskar
-        et al. 2019) is for the tokens of the new text. eot: the eot_row of `forward`.
+        standing at their ends, or `first`. sampling: a `Sampling`; temperature 0 takes the likeliest token;
+        of the top_k likeliest (0: of all) top_p keeps the smallest set with that probability;
+        repetition_penalty (Keskar et al. 2019) is for the tokens of the new text. eot: the eot_row of
+        `forward`.
         """
         device, B = next(self.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
@@ -458,7 +461,7 @@ class GPT(nn.Module):
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         h = self.wte(tokens)
         if K:
-            h = torch.cat((h, soft_prompt.to(h)), dim=1)
+            h = insert(h, soft_prompt.to(h), pad if first else torch.full_like(pad, T))
         column = torch.arange(longest, device=device)
         usable = (column >= pad[:, None])[:, None, None]  # (B, 1, 1, longest): columns that are not padding
         here = column[: T + K]
@@ -489,11 +492,16 @@ class GPT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What stage 1 trains: the prompt generator and the GPT that reads its soft tokens."""
+    """What stage 1 trains: the prompt generator and the GPT that reads its soft tokens.
+
+    They stand between prefix and continuation; where the decoder is frozen, and knows texts without a gap
+    only, in front of both.
+    """
 
     def __init__(self, gpt, generator):
         super().__init__()
         self.gpt, self.generator = gpt, generator
+        self.soft_first = generator.end is not None
 
     def freeze(self, name):
         """Lets the prompt generator alone be trained -> what finds the decoder again: its name and hash."""
@@ -502,26 +510,27 @@ class Decoder(nn.Module):
         return {"name": name, "sha256": digest}
 
     def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
-        """Mean cross-entropy of the real tokens of prefix, soft prompt, continuation -> scalar, nats a token;
-        with words_only, without the decoder, that of `name_words`.
+        """Mean cross-entropy of the real tokens of prefix and continuation -> scalar, nats a token; with
+        words_only, without the decoder, that of `name_words`.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
-        The soft positions carry no loss: the last prefix token predicts nothing, the last soft token predicts
-        the first of the continuation.
+        The soft positions carry no loss: where they follow the prefix, its last token predicts nothing, and
+        the last soft token predicts the first of the continuation.
         """
         soft_prompt = self.generator(z, alpha2)
         if words_only:
             return self.name_words(tokens, length, split, soft_prompt)
         h = self.gpt.wte(tokens)
-        h = insert(h, soft_prompt.to(h), split)  # (B, T + K, n_embd)
+        at = torch.zeros_like(split) if self.soft_first else split
+        h = insert(h, soft_prompt.to(h), at)  # (B, T + K, n_embd)
         ignore = -100  # the target of positions that carry no loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = column > length[:, None]
-        if continuation_only:
+        if continuation_only or self.soft_first:  # a prefix behind the soft prompt was told what follows it
             ignored |= column < split[:, None]
         nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
-        targets = insert(tokens.masked_fill(ignored, ignore), nothing, split)[:, 1:]
+        targets = insert(tokens.masked_fill(ignored, ignore), nothing, at)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
         logits = self.gpt(h[:, :-1], keep=keep, eot_row=self.generator.end)
         return F.cross_entropy(logits.float(), targets[keep])
@@ -545,7 +554,8 @@ class Decoder(nn.Module):
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
         soft_prompt = self.generator(z, log_snr.sigmoid())
         stop, eot = tokenizer.eot_token, self.generator.end
-        rows = self.gpt.generate(prompts, max_new_tokens, sampling, soft_prompt, stop, rng, eot)
+        how = soft_prompt, stop, rng, eot, self.soft_first
+        rows = self.gpt.generate(prompts, max_new_tokens, sampling, *how)
         return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 

@@ -64,15 +64,18 @@ def main(settings):
         x = np.concatenate([encode(chunk) for chunk in tqdm(chunks, f"embed {source}", leave=False)])
         probe = name or os.path.basename(source).split(".")[0]
         fields = train_probe(x, labels, probe, "balanced" if balanced or source == "toxicity" else None)
-        write_file(
-            f"{folder}/probes/{probe}.npz", partial(np.savez, encoder=encoder_name, weight=weight, **fields)
-        )
+        fields |= {"encoder": encoder_name, "weight": weight}
+        write_file(f"{folder}/probes/{probe}.npz", partial(np.savez, **fields))
+
+
+def split(rows, labels):
+    """-> nine tenths of the rows, a tenth held out, and the labels of both."""
+    return train_test_split(rows, labels, test_size=0.1, random_state=seed, stratify=labels)
 
 
 def train_probe(x, labels, probe, class_weight):
     """Fits embeddings x (N, E) to labels, prints a row of the table -> the arrays of the probe."""
-    parts = train_test_split(x, labels, test_size=0.1, random_state=seed, stratify=labels)
-    x_train, x_test, y_train, y_test = parts
+    x_train, x_test, y_train, y_test = split(x, labels)
     fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=class_weight)
     p = fit.fit(x_train, y_train).predict_proba(x_test)
     guess, classes, binary = fit.classes_[p.argmax(1)], fit.classes_.tolist(), len(fit.classes_) == 2
@@ -88,10 +91,9 @@ def train_probe(x, labels, probe, class_weight):
 
 def train_judge(texts, labels):
     """Fits words and pairs of words to nine tenths of the rows, and writes plain arrays."""
-    parts = train_test_split(texts, labels, test_size=0.1, random_state=seed, stratify=labels)
-    known, unseen, y_known, y_unseen = parts
+    known, unseen, y_known, y_unseen = split(texts, labels)
     features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3, max_features=50_000)
-    fit = LogisticRegression(C=2, max_iter=max_iter).fit(features.fit_transform(known), y_known)
+    fit = LogisticRegression(C=10, max_iter=max_iter).fit(features.fit_transform(known), y_known)
     arrays = {
         "classes": fit.classes_,
         "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),
@@ -112,17 +114,13 @@ def read_labelled(source):
         repos, names = SOURCES[source]
         paths = [hub_file(repo, "train.jsonl", repo_type="dataset") for repo in repos]
     else:
-        check(
-            source.endswith((".jsonl", ".jsonl.gz")),
-            f"--data: {source} is not .jsonl or {', '.join(SOURCES)}",
-        )
+        known = source.endswith((".jsonl", ".jsonl.gz"))
+        check(known, f"--data: {source} is not .jsonl or {', '.join(SOURCES)}")
     rows = [row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()]
     texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
     labels = [names[row["label"]] if names else str(row["label"]).strip() for row in rows]
     counts = Counter(labels)
-    check(
-        len(counts) > 1, f"{source}: a probe needs two labels or more; found: {', '.join(counts) or 'none'}"
-    )
+    check(len(counts) > 1, f"{source}: a probe needs two labels or more; found: {', '.join(counts)}")
     for label, count in counts.items():
         check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
         allowed = label != "none" and not set(label) & set(",:=")

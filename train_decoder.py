@@ -178,7 +178,7 @@ def make_decoder(data):
         config = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
         gpt = GPT(config) if init_from == "scratch" else GPT.from_pretrained(init_from)
         sizes = dict(n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
-        generator = dict(E=E, **sizes, ends=freeze)
+        generator = dict(E=E, **sizes, frozen=freeze)
         network = {"gpt": asdict(gpt.config), "generator": generator}
         decoder = Decoder(gpt, PromptGenerator(**generator))
     gpt, room = decoder.gpt, block_size + decoder.generator.K

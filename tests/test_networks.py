@@ -90,15 +90,16 @@ def test_greedy_text_of_a_padded_batch_is_that_of_transformers_one_by_one(pair, 
             assert penalise(new, logits).argmax().item() == token
 
 
-def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair):
-    """With a soft prompt at the end of prompts of several lengths."""
+@pytest.mark.parametrize("first", [False, True])
+def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, first):
+    """With a soft prompt at the end of prompts of several lengths, or in front of them."""
     _, gpt = pair
     prompts, soft = [[5, 6, 7, 8], [], [10, 11]], torch.randn(3, 4, gpt.config.n_embd)
-    rows = gpt.generate(prompts, 10, GREEDY, soft)
+    rows = gpt.generate(prompts, 10, GREEDY, soft, first=first)
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         with torch.no_grad():
             tokens = torch.tensor([prompt + row])
-            h = insert(gpt.wte(tokens), soft[i : i + 1], torch.tensor([len(prompt)]))
+            h = insert(gpt.wte(tokens), soft[i : i + 1], torch.tensor([0 if first else len(prompt)]))
             guess = gpt(h).argmax(-1)[0]
         assert guess[len(prompt) + 3 : -1].tolist() == row
 
@@ -145,14 +146,18 @@ def test_insert_puts_the_block_before_the_element_asked_for(at, K):
         assert row == [*range(place), *range(100, 100 + K), *range(place, 6)]
 
 
-def small_decoder():
+def small_decoder(frozen=False):
     torch.manual_seed(0)
-    return Decoder(GPT(GPTConfig(**SIZES)), PromptGenerator(E=64, n_embd=64, d=64, n=2, K=8))
+    generator = PromptGenerator(E=64, n_embd=64, d=64, n=2, K=8, frozen=frozen)
+    return Decoder(GPT(GPTConfig(**SIZES)), generator)
 
 
-def test_decoder_loss_counts_each_real_token_that_something_precedes():
-    """The one after the window too. Against the same cross-entropy written out row by row."""
-    decoder = small_decoder()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_decoder_loss_counts_each_real_token_that_something_precedes(frozen):
+    """The one after the window too, but none of a prefix that has the soft prompt in front of it. Against the
+    same cross-entropy written out row by row.
+    """
+    decoder = small_decoder(frozen)
     tokens, length, split = torch.randint(0, 97, (3, 21)), torch.tensor([20, 11, 6]), torch.tensor([9, 0, 5])
     z, alpha2 = torch.randn(3, 64), torch.rand(3)
     with torch.no_grad():
@@ -160,12 +165,13 @@ def test_decoder_loss_counts_each_real_token_that_something_precedes():
         terms = {False: [], True: []}
         for i in range(3):
             n, s = int(length[i]) + 1, int(split[i])
-            h = torch.cat((decoder.gpt.wte(tokens[i, :s]), soft[i], decoder.gpt.wte(tokens[i, s:n])))[None]
+            at = 0 if frozen else s
+            h = torch.cat((decoder.gpt.wte(tokens[i, :at]), soft[i], decoder.gpt.wte(tokens[i, at:n])))[None]
             log_p = decoder.gpt(h)[0].log_softmax(-1)
             for j in range(n):
-                place = j if j < s else j + 8  # the first token of a prefix, at 0, has nothing before it
+                place = j if j < at else j + 8  # the first token of a prefix, at 0, has nothing before it
                 nll = -log_p[place - 1, tokens[i, j]].item()
-                terms[False] += [nll] * (place > 0)
+                terms[False] += [nll] * (place > 0 and (j >= s or not frozen))
                 terms[True] += [nll] * (j >= s)
         for continuation_only, expected in terms.items():
             loss = decoder(tokens, length, split, z, alpha2, continuation_only)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from configurator import InputError
 from model import Probe
 from storage import (
+    Data,
     load_checkpoint,
     load_weights,
     newest_model,
@@ -100,3 +101,12 @@ def test_the_default_model_is_the_newest_that_has_both_stages_else_the_one_in_th
         write_file(f"out/{name}.safetensors", "")
         os.utime(f"out/{name}.safetensors", (age, age))
     assert newest_model() == "out/a"
+
+
+def test_rows_come_in_the_order_that_is_asked_for(project, monkeypatch):
+    """A validation tells each row another's embedding: in the order of the file it might be told its own."""
+    monkeypatch.chdir(project)
+    data = Data("toy")
+    (turned,) = data.rows("val", np.array([5, 2, 9]), ("cont_emb",), "cpu")
+    (one,) = data.rows("val", np.array([2]), ("cont_emb",), "cpu")
+    assert torch.equal(turned[1:2], one)
