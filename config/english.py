@@ -23,10 +23,10 @@ train_decoder = {
     "freeze": True,
     "generator_width": 384,
     "batch_size": 16,
-    "max_iters": 900,
-    "learning_rate": 3e-4,
+    "max_iters": 800,
+    "learning_rate": 4e-4,
     "warmup_iters": 30,
-    "eval_interval": 225,
+    "eval_interval": 200,
     "eval_rows": 96,
 }
 train_diffusion = {
@@ -45,10 +45,11 @@ eval = {
     "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
     "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
     "|The computer|In the end,|The government|Yesterday",
-    "num_samples": 10,
+    "num_samples": 5,
     "control_tokens": 32,
-    "attributes": "negative,positive",
-    "guidance_weights": "40,80",
+    "attributes": "negative,positive,sports,business,sci-tech,world",
+    "guidance_weights": "80",
+    "best_of": "",
     "pairs": "negative+sports,positive+business",
     "lengths": "8,16,32,64,128",
     "seeds": 3,
