@@ -499,8 +499,8 @@ def runtime(bench, book, sampling):
             _, figures["diffuse, guided"] = seconds(model.propose, no_prefix, label, sampling, rng)
             alpha2 = torch.full((batch,), 1 - sigma2, device=model.device)
             soft_prompt, figures["prompt"] = seconds(generator, model.standardise(x), alpha2)
-            decode = (model.decoder.gpt.generate, [tokens] * batch, count, sampling, soft_prompt, None, rng)
-            _, figures["decode"] = seconds(*decode)
+            rest = sampling, soft_prompt, None, rng, generator.end, model.decoder.soft_first
+            _, figures["decode"] = seconds(model.decoder.gpt.generate, [tokens] * batch, count, *rest)
         every = sum(figures[part] for part in ("encode", "diffuse", "prompt", "decode"))
         figures["relative"] = every / figures["decode"]
         figures["guided / decode"] = figures["diffuse, guided"] / figures["decode"]

@@ -494,8 +494,8 @@ class GPT(nn.Module):
 class Decoder(nn.Module):
     """What stage 1 trains: the prompt generator and the GPT that reads its soft tokens.
 
-    They stand between prefix and continuation; where the decoder is frozen, and knows texts without a gap
-    only, in front of both.
+    They stand between prefix and continuation; those made for a frozen decoder, which knows texts without a
+    gap only, in front of both.
     """
 
     def __init__(self, gpt, generator):
@@ -510,8 +510,8 @@ class Decoder(nn.Module):
         return {"name": name, "sha256": digest}
 
     def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
-        """Mean cross-entropy of the real tokens of prefix and continuation -> scalar, nats a token; with
-        words_only, without the decoder, that of `name_words`.
+        """Mean cross-entropy of the real tokens of prefix and continuation, of the latter where the soft
+        prompt stands first -> scalar, nats a token; with words_only, without the decoder, `name_words`.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).

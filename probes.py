@@ -30,7 +30,7 @@ name = ""  # of the probe; default the file's name
 judge = ""  # the .npz file of a judge to fit instead
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 encoder = ""  # default the model's; a sentence-transformers name or folder
-inverse_penalty = 1000.0  # scikit-learn's C; of a few thousand rows 1 learns less by heart
+inverse_penalty = 1000.0  # scikit-learn's C; with a few thousand rows 1 overfits less
 max_iter = 10_000  # of lbfgs
 weight = 15.0  # of a guide towards its classes that gives none: higher is surer and less fluent
 balanced = False  # weigh the classes alike, however many rows they have; toxicity always is
@@ -120,7 +120,9 @@ def read_labelled(source):
     texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
     labels = [names[row["label"]] if names else str(row["label"]).strip() for row in rows]
     counts = Counter(labels)
-    check(len(counts) > 1, f"{source}: a probe needs two labels or more; found: {', '.join(counts)}")
+    check(
+        len(counts) > 1, f"{source}: a probe needs two labels or more; found: {', '.join(counts) or 'none'}"
+    )
     for label, count in counts.items():
         check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
         allowed = label != "none" and not set(label) & set(",:=")

@@ -3,7 +3,8 @@
 The true continuation's embedding x is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine
 schedule shifted towards low noise; the prompt generator turns (z_t, alpha^2) into 8 soft tokens between
 prefix and continuation; the loss is the cross-entropy of all real tokens. So the decoder learns to obey a
-proposal as far as it can be trusted.
+proposal as far as it can be trusted. (With --freeze they stand in front of both, the loss is the
+continuation's, and the generator learns to be obeyed.)
 
     python train_decoder.py config/toy.py
     python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz

@@ -7,7 +7,7 @@ python train_decoder.py config/english.py --words_only --out_dir out/words --bat
 python train_decoder.py config/english.py --init_from out/words
 python train_diffusion.py config/english.py --init_from pretrained/reviews
 python probes.py config/english.py --data sentiment.jsonl.gz,topic.jsonl.gz
-python eval.py config/english.py
+python eval.py config/english.py --task control
 
 The prompt generator first learns the words of the continuations, which takes a fortieth of the time that a
 window takes in the decoder; then to be understood by the decoder. Begun with the second, it is not heard for
@@ -38,7 +38,7 @@ train_diffusion = {
     "eval_interval": 100,
     "eval_rows": 512,
 }
-probes = {"inverse_penalty": 1.0, "weight": 80.0}  # smooth: what 384 numbers learn by heart steers nowhere
+probes = {"inverse_penalty": 1.0, "weight": 80.0}  # smooth: an overfitted probe steers badly
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
