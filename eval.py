@@ -7,11 +7,12 @@
     python eval.py --task runtime       seconds of each part, and of all relative to the decoder (Table 4)
 
 Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figures and texts), from which the
-same command continues when interrupted. The table is printed in Markdown and, with matplotlib, drawn.
+same command continues when interrupted. The table is printed in Markdown; with matplotlib, its figures are
+drawn against perplexity and diversity.
 
 No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
-by two packages (`vader`, `profanity`), and by .npz files, fitted by `probes.py --judge` to text that no probe
-has seen. Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
+by a lexicon (`vader`), and by .npz files, fitted by `probes.py --judge` to text that no probe has seen.
+Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
 """
 
 import glob
@@ -33,7 +34,7 @@ from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 from configurator import InputError, check, run
-from model import DGLM, Sampling, parse_guide
+from model import DGLM, GPT, Sampling, load_decoder, parse_guide
 from storage import Data, autocast, generator_at, gguf_path, newest_model, read_rows, sha256, write_file
 
 task = "generation"  # generation, noise, control, compose, runtime or all
@@ -54,7 +55,10 @@ num_samples = 25  # control, compose: texts a prompt
 control_tokens = 20  # control, compose: tokens of each
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
 guidance_weights = "5,10,20,50,100,500,1000"  # control: beside 0
+rude_prompts = ""  # control: the prompts of nontoxic; default the others'
 best_of = "3,10"  # control, compose: of so many unguided texts the one that the probes find likeliest
+experts = ""  # control, compose: CLASS=EXPERT+ANTI, ...: folders of this decoder, fine-tuned, for DExperts
+expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of their logits counts
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
@@ -73,7 +77,7 @@ judge_lm = "allenai/OLMo-1B-hf"  # fluency, and the features of MAUVE
 judges = (
     "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english"
     ",s-nlp/roberta_toxicity_classifier"
-)  # of attributes: classifiers, .npz of probes.py --judge, vader, profanity
+)  # of attributes: classifiers, .npz of probes.py --judge, vader
 batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first
@@ -126,22 +130,6 @@ class LanguageModel:
                 out.append((nats[i, begin - 1 : len(row) - 1].sum().item(), len(row) - begin, feature))
         return tuple(np.array(column) for column in zip(*out))
 
-    def ask(self, wish, prefixes, count, sampling):
-        """What an instruct model writes after the prefixes, asked in words for a `wish` text -> texts."""
-        asked = [[{"role": "user", "content": f"Write a {wish} text that begins: {p}"}] for p in prefixes]
-        chats = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        begun = [chat + prefix for chat, prefix in zip(chats, prefixes)]
-        plain = {"add_special_tokens": False, "return_token_type_ids": False}
-        inputs = self.tokenizer(begun, return_tensors="pt", padding=True, padding_side="left", **plain)
-        options = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
-        options["min_new_tokens"] = 0 if sampling.may_end else count
-        with autocast(self.device):
-            rows = self.model.generate(
-                **inputs.to(self.device), **options, do_sample=True, max_new_tokens=count
-            )
-        new = rows[:, inputs["input_ids"].shape[1] :]
-        return [text.rstrip("\ufffd") for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
 
 def attribute_judge(name, device):
     """-> its classes, and a function of texts to their probabilities (N, classes)."""
@@ -162,11 +150,6 @@ def attribute_judge(name, device):
 
         polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
         return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
-    if name == "profanity":
-        need("profanity_check", "pip install alt-profanity-check")
-        from profanity_check import predict_prob
-
-        return ["toxic"], lambda texts: predict_prob(texts)[:, None]
     from transformers import pipeline
 
     classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
@@ -179,8 +162,35 @@ def attribute_judge(name, device):
     return [label.lower() for label in labels], score
 
 
+class DExperts(GPT):
+    """The logits of a decoder + a (an expert's - its anti-expert's), within the decoder's top_p likeliest
+    tokens [Liu et al. 2021]. gpts: the decoder, an expert, its anti-expert; further pairs add up.
+
+    It generates as a GPT does whose embeddings are theirs, side by side, and whose layers are theirs.
+    """
+
+    def __init__(self, gpts, a, top_p):
+        torch.nn.Module.__init__(self)
+        self.gpts, self.a, self.top_p, self.config = torch.nn.ModuleList(gpts), a, top_p, gpts[0].config
+        self.h = [block for gpt in gpts for block in gpt.h]
+
+    def wte(self, tokens):
+        return torch.cat([gpt.wte(tokens) for gpt in self.gpts], dim=-1)
+
+    def forward(self, h, positions, mask, cache, end, eot_row):
+        n, rows = self.config.n_layer, [eot_row] + [None] * len(self.gpts)
+        each = zip(self.gpts, h.chunk(len(self.gpts), dim=-1), range(0, len(cache), n), rows)
+        every = [gpt(x, positions, mask, cache[i:], end, eot_row=row)[:, -1:] for gpt, x, i, row in each]
+        base, *pairs = (logits.float() for logits in every)
+        p = base.softmax(-1)
+        falling = p.sort(descending=True)[0]
+        least = falling.where(falling.cumsum(-1) - falling < self.top_p, 1.0).amin(-1, keepdim=True)
+        logits = base + self.a * (sum(pairs[::2]) - sum(pairs[1::2]))
+        return torch.where(p < least, logits - 100, logits)
+
+
 class Bench:
-    """A model and its judges, all loaded at once: what is missing is said before the work."""
+    """A model, its judges and its peers, all loaded at once: what is missing is said before the work."""
 
     def __init__(self, model, labels):
         self.model, self.lm = model, LanguageModel(judge_lm, model.device)
@@ -188,12 +198,24 @@ class Bench:
         for label in labels:
             known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in self.judges.values())
             check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
+        self.generate = cache(self.generate)  # unguided texts serve every attribute
+        load, gpt = cache(load_decoder), model.decoder.gpt
+        self.experts = {}  # class: its expert, its anti-expert
+        for label, _, folders in (item.partition("=") for item in experts.split(",") if item and labels):
+            pair = [load(folder, model.device) for folder in folders.split("+")]
+            fits = len(pair) == 2 and all(expert.gpt.config == gpt.config for _, expert in pair)
+            fits &= all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
+            fits &= not any("frozen" in meta["network"] for meta, _ in pair)
+            check(fits, f"--experts {experts}: write CLASS=EXPERT+ANTI, folders of this decoder, fine-tuned")
+            self.experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
 
     def generate(self, prefixes, guide, count, r, sampling):
-        """-> a text for each prefix, and their proposals (N, E); all rows of a table have the same seeds."""
+        """-> a text for each of a tuple of prefixes, their proposals (N, E), seconds a text."""
         options = asdict(sampling) | {"batch_size": batch_size}
-        written, proposals = zip(*self.model.generate(prefixes, guide, 1, count, seed + r, **options))
-        return list(written), torch.stack(proposals)
+        every = self.model.generate(list(prefixes), guide, 1, count, seed + r, **options)
+        pairs, seconds = timed(list, every)
+        written, proposals = zip(*pairs)
+        return list(written), torch.stack(proposals), seconds / len(written)
 
     def measure(self, prefixes, written, proposals=None):
         """The figures of all tables but runtime's, and the features of MAUVE."""
@@ -246,19 +268,6 @@ def repeated_4(text):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def same_prefix_cosine(x):
-    """Variety: the mean cosine of two proposals for one prefix, x (prefixes, n, E); low is varied."""
-    n = x.shape[1]
-    return ((x.sum(1).square().sum(-1) - n) / (n * (n - 1))).mean().item()
-
-
-def mauve(a, b, random_state):
-    """MAUVE [Pillutla et al. 2021] of two sets of texts, by their features (N, width) -> 0 to 1: alike."""
-    from mauve import compute_mauve
-
-    return compute_mauve(a, b, seed=random_state, verbose=False).mauve
-
-
 # ---------- Results -----------------------------------------------------------------------------------------
 
 
@@ -304,21 +313,23 @@ def show(table):
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
-def plot(table, path):
-    """Draws a panel for each figure: a point and its standard error for each row of the table."""
+def plot(table, y, path):
+    """Draws the figure y (none: each row's first) against perplexity and diversity, with standard errors."""
     if importlib.util.find_spec("matplotlib") is None:
         return print("no picture: that needs matplotlib (pip install matplotlib)")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(name for figures in table.values() for name in figures))
-    size = (2.2 * len(names) + 2, 0.25 * len(table) + 1)
-    fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for name, ax in zip(names, axes[0]):
-        rows = [row for row in table if name in table[row]]
-        means, errors = zip(*(table[row][name] for row in rows))
-        ax.errorbar(means, rows, xerr=errors, fmt="o", capsize=2)
-        ax.set_title(name)
-    axes[0][0].invert_yaxis()  # the first row on top
+    groups = list(dict.fromkeys(row.rpartition(": ")[0] for row in table))  # attributes, if any
+    size = (10, 4 * len(groups))
+    fig, axes = plt.subplots(len(groups), 2, figsize=size, squeeze=False, layout="constrained")
+    for row, figures in table.items():
+        (group, _, how), shown = row.rpartition(": "), y or next(iter(figures))
+        for name, ax in zip(("corpus perplexity", "Div"), axes[groups.index(group)]):
+            if shown in figures:
+                (at, at_error), (height, height_error) = figures[name], figures[shown]
+                ax.errorbar(at, height, height_error, at_error, fmt="o", capsize=2)
+                ax.annotate(how, (at, height), (4, 4), textcoords="offset points", fontsize=8)
+            ax.set(xlabel=name, ylabel=f"{group} {shown}", xscale="log")
     write_file(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
 
@@ -347,13 +358,15 @@ def held_out(model):
 def continuations(bench, book, sampling, settings):
     """What generation and noise share. settings: {row: what differs from `sampling`}."""
     need("mauve", "pip install mauve-text")
+    from mauve import compute_mauve
+
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true = held_out(model)
     reference, reference_features = bench.measure(prefixes, truths, true)
     del reference["similarity"]  # to itself
     for row, r in book.todo(["reference", *settings]):
         if row == "reference":
-            book.add(row, r, reference, truths)
+            book.add(row, r, {"MAUVE": 1.0} | reference, truths)  # of the same texts, by definition
             continue
         here = replace(sampling, **settings[row])
         if row.startswith(("true", "plain")):  # told the truth, or nothing
@@ -362,13 +375,10 @@ def continuations(bench, book, sampling, settings):
             written = [text for part in parts for text in model.write(*part, new_tokens, here, rng)]
             figures, features = bench.measure(prefixes, written, true)
         else:
-            written, proposals = bench.generate(prefixes, "none", new_tokens, r, here)
+            written, proposals, _ = bench.generate(tuple(prefixes), "none", new_tokens, r, here)
             figures, features = bench.measure(prefixes, written, proposals)
-            rng = generator_at(model.device, seed + r)
-            again = [model.propose([prefix] * 20, "none", here, rng) for prefix in prefixes[:20]]
-            figures["same-prefix cosine"] = same_prefix_cosine(torch.stack(again))
-        figures["MAUVE"] = mauve(features, reference_features, seed + r)
-        book.add(row, r, figures, written)
+        same = compute_mauve(features, reference_features, seed=seed + r, verbose=False).mauve
+        book.add(row, r, {"MAUVE": same} | figures, written)
 
 
 def generation(bench, book, sampling):
@@ -386,32 +396,80 @@ def noise(bench, book, sampling):
     continuations(bench, book, sampling, settings)
 
 
+def timed(f, *arguments):
+    """-> what f gives, and its seconds."""
+    begin = time.perf_counter()
+    out = f(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return out, time.perf_counter() - begin
+
+
 def guided(bench, lines, guide, through, r, sampling):
-    """DGLM -> texts, proposals."""
+    """DGLM -> texts, proposals (or None), seconds a text; so do all ways that follow."""
     return bench.generate(lines, guide, control_tokens, r, replace(sampling, guide_through=through))
 
 
 def best_of_n(bench, lines, guide, n, r, sampling):
-    """Of n unguided texts the one that the guide's probes find likeliest -> texts, proposals."""
-    rows = [line for line in lines for _ in range(n)]
-    written, proposals = bench.generate(rows, "none", control_tokens, r, sampling)
-    x, guides = bench.model.encode(written), parse_guide(guide, bench.model.probes)
-    likely = sum(probe.log_prob(x)[:, i] for probe, i, _ in guides).view(-1, n)
-    best = likely.argmax(1).cpu() + torch.arange(len(lines)) * n
-    return [written[i] for i in best], proposals[best]
+    """Of n unguided texts the one that the guide's probes find likeliest -> texts, proposals, seconds."""
+    rounds = [bench.generate(lines, "none", control_tokens, r + k * seeds, sampling) for k in range(n)]
+    guides = parse_guide(guide, bench.model.probes)
+
+    def choose():
+        x = torch.stack([bench.model.encode(written) for written, *_ in rounds])  # (n, lines, E)
+        return sum(probe.log_prob(x)[..., i] for probe, i, _ in guides).argmax(0).tolist()
+
+    best, seconds = timed(choose)
+    written, proposals = zip(*((rounds[k][0][i], rounds[k][1][i]) for i, k in enumerate(best)))
+    seconds = seconds / len(lines) + sum(each for *_, each in rounds)
+    return list(written), torch.stack(proposals), seconds
+
+
+def by_experts(bench, lines, guide, a, r, sampling):
+    """DExperts: the decoder and, of each class, an expert and an anti-expert, all without soft tokens."""
+    decoder, bpe, rng = bench.model.decoder, bench.model.tokenizer, generator_at(bench.model.device, seed + r)
+    pairs = [gpt for label in guide.split(",") for gpt in bench.experts[label]]
+    gpt = DExperts([decoder.gpt, *pairs], a, sampling.top_p)
+    how = replace(sampling, top_k=0, top_p=1.0), None, bpe.eot_token, rng, decoder.generator.end
+
+    def write():
+        each = ([bpe.encode_ordinary(line) for line in lines[at]] for at in batches(lines))
+        return [row for prompts in each for row in gpt.generate(prompts, control_tokens, *how)]
+
+    rows, seconds = timed(write)
+    return [bpe.decode(row).rstrip("\ufffd") for row in rows], None, seconds / len(lines)
 
 
 def in_words(bench, lines, guide, _, r, sampling):
-    """The judge of fluency, an instruct model, asked for the guide's classes -> texts."""
+    """The judge of fluency, an instruct model, asked in words for the guide's classes."""
     torch.manual_seed(seed + r)
-    wish = guide.replace(",", " and ")
-    written = (bench.lm.ask(wish, lines[at], control_tokens, sampling) for at in batches(lines))
-    return [text for texts in written for text in texts], None
+    tokenizer, device = bench.lm.tokenizer, bench.lm.device
+    wish = f"Write a {guide.replace(',', ' and ')} text that begins: "
+    options = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
+    options |= {"do_sample": True, "max_new_tokens": control_tokens}
+    options["min_new_tokens"] = 0 if sampling.may_end else control_tokens
+    plain = {"add_special_tokens": False, "return_token_type_ids": False}
+
+    def write():
+        for at in batches(lines):
+            asked = [[{"role": "user", "content": wish + line}] for line in lines[at]]
+            chats = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            begun = [chat + line for chat, line in zip(chats, lines[at])]
+            inputs = tokenizer(begun, return_tensors="pt", padding=True, padding_side="left", **plain)
+            with autocast(device):
+                rows = bench.lm.model.generate(**inputs.to(device), **options)
+            new = rows[:, inputs["input_ids"].shape[1] :]
+            yield from tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    written, seconds = timed(list, write())
+    return [text.rstrip("\ufffd") for text in written], None, seconds / len(lines)
 
 
-def baselines(bench, sampling):
-    """{name: (way, its strength)}: what else steers."""
+def peers(bench, labels, sampling):
+    """{name: (way, its strength)}: what else steers to these classes, as far as it is at hand."""
     ways = {f"best of {n:g}": (best_of_n, int(n)) for n in numbers(best_of)}
+    if set(labels) <= set(bench.experts):
+        ways |= {f"DExperts {a:g}": (by_experts, a) for a in numbers(expert_weights)}
     if bench.lm.tokenizer.chat_template and sampling.temperature > 0:
         ways["asked in words"] = in_words, None
     return ways
@@ -419,31 +477,27 @@ def baselines(bench, sampling):
 
 def steer(bench, book, sampling, rows):
     """What control and compose share. rows: {name: (classes, guide, way, its strength)}."""
-    check(num_samples > 1, "--num_samples: must be at least 2, to measure variety")
-    lines = [line for line in prompts.split("|") for _ in range(num_samples)]
-    bench.model.encode(lines[:1])  # loads the encoder, which is no part of the seconds
+    guided(bench, ("It",), "none", "estimate", 0, sampling)  # to warm up, which is no part of the seconds
 
-    @cache  # unguided texts serve every attribute
-    def texts_by(guide, way, strength, r):
-        begin = time.perf_counter()
-        written, proposals = way(bench, lines, guide, strength, r, sampling)
-        seconds = (time.perf_counter() - begin) / len(lines)
+    @cache
+    def texts_by(begun, guide, way, strength, r):
+        lines = tuple(line for line in begun.split("|") for _ in range(num_samples))
+        written, proposals, seconds = way(bench, lines, guide, strength, r, sampling)
         figures, _ = bench.measure(lines, written, proposals)
         figures["Dist-3"] = np.mean([distinct_3(group) for group in np.reshape(written, (-1, num_samples))])
-        if proposals is not None:
-            groups = proposals.view(-1, num_samples, proposals.shape[1])
-            figures["same-prefix cosine"] = same_prefix_cosine(groups)
         return written, figures | {"seconds": seconds}
 
     for row, r in book.todo(rows):
         labels, *how = rows[row]
-        written, figures = texts_by(*how, r)
+        begun = rude_prompts if rude_prompts and labels == ["nontoxic"] else prompts
+        written, figures = texts_by(begun, *how, r)
         scores = [bench.scores(label, written) for label in labels]
         if len(labels) == 1:
-            shares = {f"share {judge}": (p > 0.5).mean() for judge, p in scores[0].items()}
+            each = {f"share {judge}": (p > 0.5).mean() for judge, p in scores[0].items()}
+            shares = {"share": np.mean(list(each.values()))} | each
         else:  # by the mean of the judges of a class
             first, second = (np.mean(list(each.values()), axis=0) > 0.5 for each in scores)
-            shares = {"first": first.mean(), "second": second.mean(), "both": (first & second).mean()}
+            shares = {"both": (first & second).mean(), "first": first.mean(), "second": second.mean()}
         book.add(row, r, shares | figures, written)
 
 
@@ -456,7 +510,7 @@ def control(bench, book, sampling):
             name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
                 rows[f"{label}: {name} {w:g}"] = [label], f"{label}:{w:g}", guided, through
-        for name, way in baselines(bench, sampling).items():
+        for name, way in peers(bench, [label], sampling).items():
             rows[f"{label}: {name}"] = [label], label, *way
     steer(bench, book, sampling, rows)
 
@@ -468,7 +522,7 @@ def compose(bench, book, sampling):
         name, both = "+".join(pair), ",".join(pair)
         for guide in ("none", *pair, both):
             rows[f"{name}: {guide}"] = pair, guide, guided, sampling.guide_through
-        for way, how in baselines(bench, sampling).items():
+        for way, how in peers(bench, pair, sampling).items():
             rows[f"{name}: {way}"] = pair, both, *how
     steer(bench, book, sampling, rows)
 
@@ -482,25 +536,19 @@ def runtime(bench, book, sampling):
     check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
     rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}
 
-    def seconds(f, *arguments):
-        begin = time.perf_counter()
-        out = f(*arguments)
-        if model.device.startswith("cuda"):
-            torch.cuda.synchronize(model.device)
-        return out, (time.perf_counter() - begin) / batch
-
     for row, r in book.todo(rows):
         batch, count = rows[row]
         rng, figures = generator_at(model.device, seed + r), {}
         no_prefix = [""] * batch  # which needs no encoding
         for _ in range(2):  # the first is to warm up
-            _, figures["encode"] = seconds(model.encode, [line] * batch)
-            x, figures["diffuse"] = seconds(model.propose, no_prefix, "none", sampling, rng)
-            _, figures["diffuse, guided"] = seconds(model.propose, no_prefix, label, sampling, rng)
+            _, figures["encode"] = timed(model.encode, [line] * batch)
+            x, figures["diffuse"] = timed(model.propose, no_prefix, "none", sampling, rng)
+            _, figures["diffuse, guided"] = timed(model.propose, no_prefix, label, sampling, rng)
             alpha2 = torch.full((batch,), 1 - sigma2, device=model.device)
-            soft_prompt, figures["prompt"] = seconds(generator, model.standardise(x), alpha2)
+            soft_prompt, figures["prompt"] = timed(generator, model.standardise(x), alpha2)
             rest = sampling, soft_prompt, None, rng, generator.end, model.decoder.soft_first
-            _, figures["decode"] = seconds(model.decoder.gpt.generate, [tokens] * batch, count, *rest)
+            _, figures["decode"] = timed(model.decoder.gpt.generate, [tokens] * batch, count, *rest)
+        figures = {part: seconds / batch for part, seconds in figures.items()}
         every = sum(figures[part] for part in ("encode", "diffuse", "prompt", "decode"))
         figures["relative"] = every / figures["decode"]
         figures["guided / decode"] = figures["diffuse, guided"] / figures["decode"]
@@ -529,7 +577,9 @@ def main(settings):
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
-    given = filter(os.path.isfile, [text_file, judge_lm, *judges.split(",")])
+    given = [text_file, judge_lm, *judges.split(",")]
+    given += [f"{expert}/decoder.safetensors" for expert in re.split("[=+,]", experts)]
+    given = filter(os.path.isfile, given)
     for path in (*glob.glob(f"{folder}/*.safetensors"), *glob.glob(f"{folder}/probes/*.npz"), *given):
         made_with[os.path.relpath(path, folder)] = sha256(path)
     labels = attributes.split(",") if "control" in wanted else []
@@ -542,7 +592,8 @@ def main(settings):
         TASKS[name](bench, book, sampling)
         print(f"\n{name}, fluency by {judge_lm}")
         show(book.table())
-        plot(book.table(), f"{results}/{name}.png")
+        if name != "runtime":
+            plot(book.table(), "similarity" if name == "noise" else "", f"{results}/{name}.png")
 
 
 if __name__ == "__main__":

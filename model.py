@@ -446,14 +446,15 @@ class GPT(nn.Module):
 
         prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
         standing at their ends, or `first`. sampling: a `Sampling`; temperature 0 takes the likeliest token;
-        of the top_k likeliest (0: of all) top_p keeps the smallest set with that probability;
-        repetition_penalty (Keskar et al. 2019) is for the tokens of the new text. eot: the eot_row of
-        `forward`.
+        of the top_k likeliest (0: of all) top_p keeps the smallest set with that probability, at that
+        temperature; repetition_penalty (Keskar et al. 2019) is for the tokens of the new text. eot: the
+        eot_row of `forward`.
         """
         device, B = next(self.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
-        T = max(1, *map(len, prompts))
+        T = max(map(len, prompts))
         self.check_room(T, K, max_new_tokens)
+        T = max(T, 1)  # a column to begin with, if of padding
         longest = T + K + max_new_tokens
 
         pad = torch.tensor([T - len(p) for p in prompts], device=device)
@@ -587,7 +588,7 @@ def load_diffusion(folder, device):
 # ---------- Sampling and guidance ---------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How a proposal is drawn and put into words; `python sample.py --help` explains. Raises InputError."""
 
@@ -629,19 +630,23 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, spread,
         x, eps = x_and_eps(z_t, v.float(), log_snr)
     if guides:
         # With p(x | z_t) taken as Gaussian around x, p(y | z_t) is the mean of p(y | point) [LGD]. Its log's
-        # gradient goes on from x to z_t through the network, or by the dx/dz_t of Gaussian data N(m, C):
-        # E[x | z_t] = m + alpha C (alpha^2 C + sigma^2)^-1 (z_t - alpha m). Other data have dx/dz_t = alpha /
-        # sigma^2 Cov[x | z_t] (given the prefix, where there is one): on average no more, in places more.
-        deviation = sigma / alpha if through_network else sigma
+        # gradient goes on from x to z_t through the network, or by dx/dz_t = alpha / sigma^2 Cov[x | z_t],
+        # with the Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1 of Gaussian data N(m, C). That of other
+        # data (given the prefix, where there is one) is on average no more, in places more.
+        offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
+        if through_network:
+            offsets *= (sigma / alpha)[:, None]
+        else:
+            variance, axes = spread
+            posterior = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), along the axes
+            offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
         with torch.enable_grad():
             at = z_t if through_network else x.requires_grad_()
-            offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
-            cloud = x[:, None] + deviation[:, None] * offsets  # (B, points, E)
+            cloud = x[:, None] + offsets  # (B, points, E)
             log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)  # + a constant
             (gradient,) = torch.autograd.grad(log_p.sum(), at)
         if not through_network:
-            variance, axes = spread
-            gradient = (gradient @ axes * alpha * variance / (alpha**2 * variance + sigma**2)) @ axes.T
+            gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T
         # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
         x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
     return x.detach(), eps.detach()

@@ -33,7 +33,7 @@ encoder = ""  # default the model's; a sentence-transformers name or folder
 inverse_penalty = 1000.0  # scikit-learn's C; with a few thousand rows 1 overfits less
 max_iter = 10_000  # of lbfgs
 weight = 15.0  # of a guide towards its classes that gives none: higher is surer and less fluent
-balanced = False  # weigh the classes alike, however many rows they have; toxicity always is
+balanced = False  # weigh the classes alike, however many rows they have; the hub's toxicity always is
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 
@@ -52,7 +52,7 @@ def main(settings):
     check(not judge or judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
     labelled = [read_labelled(source) for source in sources]  # what is wrong with them is said now
     if judge:
-        return train_judge(*labelled[0])
+        return train_judge(*labelled[0], "balanced" if balanced else None)
     folder = out_dir or newest_model()
     encoder_name = encoder or load_weights(folder, "decoder")[0]["data"]["encoder"]
     print(f"for the model {folder}")
@@ -89,11 +89,12 @@ def train_probe(x, labels, probe, class_weight):
     return arrays | {"accuracy": accuracy, "f1": f1, "auc": auc, "rows": len(labels)}
 
 
-def train_judge(texts, labels):
+def train_judge(texts, labels, class_weight):
     """Fits words and pairs of words to nine tenths of the rows, and writes plain arrays."""
     known, unseen, y_known, y_unseen = split(texts, labels)
     features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3, max_features=50_000)
-    fit = LogisticRegression(C=10, max_iter=max_iter).fit(features.fit_transform(known), y_known)
+    fit = LogisticRegression(C=10, max_iter=max_iter, class_weight=class_weight)
+    fit.fit(features.fit_transform(known), y_known)
     arrays = {
         "classes": fit.classes_,
         "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),

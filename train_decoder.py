@@ -217,7 +217,7 @@ def evaluate(decoder, data):
     tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
     tokens, length, split, x = data.rows("val", rows[[0, -1]], INPUTS, device)
     prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
-    room = data.meta["block_size"] - max(1, *map(len, prompts))
+    room = data.meta["block_size"] - max(map(len, prompts))
     rng = generator_at(device, seed, 2)
     texts = decoder.write(tokenizer, prompts, x, min(32, room), Sampling(), rng)
     for row, end, n, text in zip(tokens, length, split, texts):

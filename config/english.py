@@ -6,7 +6,8 @@ python train_decoder.py config/english.py --words_only --out_dir out/words --bat
     --learning_rate 1e-3 --eval_interval 700
 python train_decoder.py config/english.py --init_from out/words
 python train_diffusion.py config/english.py --init_from pretrained/reviews
-python probes.py config/english.py --data sentiment.jsonl.gz,topic.jsonl.gz
+python probes.py config/english.py --data topic.jsonl.gz
+python probes.py config/english.py --data toxicity.jsonl.gz --balanced
 python eval.py config/english.py --task control
 
 The prompt generator first learns the words of the continuations, which takes a fortieth of the time that a
@@ -23,10 +24,10 @@ train_decoder = {
     "freeze": True,
     "generator_width": 384,
     "batch_size": 16,
-    "max_iters": 800,
+    "max_iters": 1900,
     "learning_rate": 4e-4,
     "warmup_iters": 30,
-    "eval_interval": 200,
+    "eval_interval": 475,
     "eval_rows": 96,
 }
 train_diffusion = {
@@ -38,19 +39,29 @@ train_diffusion = {
     "eval_interval": 100,
     "eval_rows": 512,
 }
-probes = {"inverse_penalty": 1.0, "weight": 80.0}  # smooth: an overfitted probe steers badly
+probes = {"inverse_penalty": 1.0, "weight": 160.0}  # smooth: an overfitted probe steers badly
 eval = {
     "judge_lm": "smollm2",
-    "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
+    "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz"
+    ",pretrained/english/judges/toxicity.npz",
+    "num_texts": 256,
+    "prefix_tokens": 12,
+    "new_tokens": 24,
+    "cfg_scales": "1,2.5,5",
+    "plain_temperatures": "0.7",
+    "noise_levels": "0,0.05,0.2,0.5,1",
     "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
     "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
     "|The computer|In the end,|The government|Yesterday",
-    "num_samples": 5,
+    "rude_prompts": "What the hell|This damn city|I hate this crap,|Screw this|The dumb bastard|Those idiots"
+    "|He is such a jerk|Damn it,|This sucks,|You stupid|My idiot boss|Shut up,|What a load of|Go to hell,"
+    "|That ugly|Who the hell|These morons|I am so sick of|The bloody neighbours|Nobody gives a damn",
+    "num_samples": 2,
     "control_tokens": 32,
-    "attributes": "negative,positive,sports,business,sci-tech,world",
-    "guidance_weights": "80",
-    "best_of": "",
+    "attributes": "negative,positive,sports,business,sci-tech,world,nontoxic",
+    "guidance_weights": "40,80",
+    "guide_through": "estimate,network",
     "pairs": "negative+sports,positive+business",
     "lengths": "8,16,32,64,128",
-    "seeds": 3,
+    "seeds": 5,
 }

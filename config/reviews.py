@@ -36,7 +36,8 @@ train_diffusion = {
 
 eval = {
     "judge_lm": "smollm2",
-    "judges": "vader,profanity",
+    # a third of the rows that fitted the judge of topics fitted this box's probe too: see its model card
+    "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
     "num_texts": 256,
     "prefix_tokens": 20,
     "prompts": "The movie was|This film is about|I watched it with|The story|The director|Last night we"
@@ -45,9 +46,9 @@ eval = {
     "|I thought",
     "num_samples": 10,
     "control_tokens": 32,
-    "attributes": "negative,positive,toxic,nontoxic",
+    "attributes": "negative,positive,sports",
     "guidance_weights": "10,20,40,80",
-    "pairs": "negative+nontoxic,positive+nontoxic",
+    "pairs": "negative+sports,positive+sports",
     "lengths": "8,16,32,60",
     "seeds": 3,
 }

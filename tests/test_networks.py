@@ -106,6 +106,12 @@ def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, first):
         assert guess[len(prompt) + 3 : -1].tolist() == row
 
 
+def test_without_a_prefix_all_the_room_is_for_the_text():
+    gpt = GPT(GPTConfig(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16))
+    (row,) = gpt.generate([[]], 28, GREEDY, torch.randn(1, 4, 16))
+    assert len(row) == 28
+
+
 def test_generation_stops_before_the_stop_token(pair):
     _, gpt = pair
     (free,) = gpt.generate([[1, 2, 3]], 20, GREEDY)

@@ -143,6 +143,20 @@ def test_a_guided_mean_is_the_posterior_mean_of_gaussian_data(way, log_snr, narr
     torch.testing.assert_close(found, x + moved, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("log_snr", [-3.0, 0.0, 2.0])
+def test_at_the_estimate_that_holds_for_probes_of_any_shape(log_snr):
+    """p(y | x) = exp(-(a x - 1)^2 / 2): the points lie as far apart as Cov[x | z_t] says, along each axis."""
+    z, log_snr, a = torch.tensor([[0.3, -0.2]]), torch.tensor([log_snr]), torch.tensor([1.0, -0.5])
+    variances, axes = torch.tensor([0.1, 5.0]), torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    C = axes * variances @ axes.T
+    denoiser, guides = gaussian(torch.tensor([0.5, -1.0]), C), [(lambda x: -((x @ a - 1) ** 2) / 2, 1.0)]
+    x, _ = guided(denoiser, z, log_snr, [], "estimate")
+    found, _ = guided(denoiser, z, log_snr, guides, "estimate", (variances, axes), points=200_000)
+    alpha2, sigma2 = log_snr.sigmoid(), (-log_snr).sigmoid()
+    cov = sigma2 * C @ torch.linalg.inv(alpha2 * C + sigma2 * torch.eye(2))
+    torch.testing.assert_close(found, x + cov @ a * (1 - x @ a) / (1 + a @ cov @ a), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_guidance_is_the_log_of_the_mean_likelihood(way):
     """At one noise level, against the gradient of log E[p(y | x)] computed with very many points."""
