@@ -329,7 +329,7 @@ def plot(table, y, path):
                 (at, at_error), (height, height_error) = figures[name], figures[shown]
                 ax.errorbar(at, height, height_error, at_error, fmt="o", capsize=2)
                 ax.annotate(how, (at, height), (4, 4), textcoords="offset points", fontsize=8)
-            ax.set(xlabel=name, ylabel=f"{group} {shown}", xscale="log")
+            ax.set(xlabel=name, ylabel=f"{group} {shown}", xmargin=0.25)
     write_file(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
 
