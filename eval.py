@@ -11,7 +11,7 @@ same command continues when interrupted. The table is printed in Markdown; with 
 drawn against perplexity and diversity.
 
 No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
-by a lexicon (`vader`), and by .npz files, fitted by `probes.py --judge` to text that no probe has seen.
+by a lexicon (`vader`), and by .npz files, fitted by `probes.py --judge` to text that the probe must not know.
 Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
 """
 
@@ -365,11 +365,10 @@ def continuations(bench, book, sampling, settings):
     reference, reference_features = bench.measure(prefixes, truths, true)
     del reference["similarity"]  # to itself
     for row, r in book.todo(["reference", *settings]):
+        here = replace(sampling, **settings.get(row, {}))
         if row == "reference":
-            book.add(row, r, {"MAUVE": 1.0} | reference, truths)  # of the same texts, by definition
-            continue
-        here = replace(sampling, **settings[row])
-        if row.startswith(("true", "plain")):  # told the truth, or nothing
+            written, figures, features = truths, reference, reference_features
+        elif row.startswith(("true", "plain")):  # told the truth, or nothing
             rng = generator_at(model.device, seed + r)
             parts = [(prefixes[at], true[at]) for at in batches(prefixes)]
             written = [text for part in parts for text in model.write(*part, new_tokens, here, rng)]

@@ -36,7 +36,7 @@ train_diffusion = {
 
 eval = {
     "judge_lm": "smollm2",
-    # a third of the rows that fitted the judge of topics fitted this box's probe too: see its model card
+    # a quarter of the rows that fitted the judge of topics fitted this box's probe too
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
     "num_texts": 256,
     "prefix_tokens": 20,

@@ -214,6 +214,8 @@ def test_the_tables_tell_what_the_method_promises(evaluated):
         mean("control", f"negative: weight {weight}", "share sentiment.npz") for weight in (20, 0)
     )
     assert guided > free + 0.1
+    alike = {row: mean("generation", row, "MAUVE") for row in ROWS["generation"]}
+    assert alike["reference"] == pytest.approx(1) and max(alike, key=alike.get) == "reference"
     assert mean("noise", "sigma2 0", "similarity") > mean("noise", "sigma2 1", "similarity")
     alone, both = (mean("compose", f"negative+sports: {by}", "both") for by in ("none", "negative,sports"))
     assert both > alone
