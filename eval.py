@@ -32,6 +32,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from configurator import InputError, check, run
 from model import DGLM, GPT, Sampling, load_decoder, parse_guide
@@ -88,23 +89,15 @@ OPPOSITE = {"negative": "positive", "positive": "negative", "toxic": "nontoxic",
 # ---------- Judges ------------------------------------------------------------------------------------------
 
 
-def need(package, install):
-    """Raises InputError where an optional package is not installed."""
-    found = importlib.util.find_spec(package)
-    check(found, f"a judge needs a package that is not installed: {install}")
-
-
 class LanguageModel:
     """A causal language model, the judge of fluency. Raises InputError where it cannot be had."""
 
     def __init__(self, name, device):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         folder, file = name, {}
         if path := gguf_path(name):
             folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
         except (ImportError, OSError, ValueError) as e:
             raise InputError(f"--judge_lm: cannot load {name}: {e}") from None
@@ -145,13 +138,11 @@ def attribute_judge(name, device):
             raise InputError(f"{name} is damaged, or not a judge of probes.py: {e}") from None
         return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
     if name == "vader":
-        need("vaderSentiment", "pip install vaderSentiment")
+        check(importlib.util.find_spec("vaderSentiment"), "the judge vader: pip install vaderSentiment")
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
         return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
-    from transformers import pipeline
-
     classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
     labels = list(classify.model.config.id2label.values())
 
@@ -204,7 +195,6 @@ class Bench:
         for label, _, folders in (item.partition("=") for item in experts.split(",") if item and labels):
             pair = [load(folder, model.device) for folder in folders.split("+")]
             fits = len(pair) == 2 and all(expert.gpt.config == gpt.config for _, expert in pair)
-            fits &= all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
             fits &= not any("frozen" in meta["network"] for meta, _ in pair)
             check(fits, f"--experts {experts}: write CLASS=EXPERT+ANTI, folders of this decoder, fine-tuned")
             self.experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
@@ -224,8 +214,8 @@ class Bench:
         figures = {
             "perplexity": np.exp(nats[real] / tokens[real]).mean(),  # the paper's, which outliers rule
             "corpus perplexity": np.exp(nats.sum() / tokens.sum()),
-            "Div": diversity(written),
-            "rep-4": np.mean([repeated_4(text) for text in written]),
+            "Div": math.prod(distinct([written], n) for n in (2, 3, 4)),
+            "rep-4": 1 - distinct([[text] for text in written], 4),
         }
         if proposals is not None:
             x = self.model.encode(written)
@@ -246,26 +236,14 @@ class Bench:
 # ---------- Measures ----------------------------------------------------------------------------------------
 
 
-def n_grams(text, n):
-    words = text.lower().split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def diversity(texts):
-    """Div: the product over n = 2, 3, 4 of the share of all texts' n-grams that are distinct."""
-    every = ([g for t in texts for g in n_grams(t, n)] for n in (2, 3, 4))
-    return math.prod(len(set(grams)) / len(grams) if grams else 0.0 for grams in every)
-
-
-def distinct_3(texts):
-    """Dist-3 [Li et al. 2016]: distinct 3-grams over words, of all texts of one prompt."""
-    return len({g for t in texts for g in n_grams(t, 3)}) / max(1, sum(len(t.split()) for t in texts))
-
-
-def repeated_4(text):
-    """The share of a text's 4-grams that stand in it earlier."""
-    grams = n_grams(text, 4)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def distinct(groups, n):
+    """The share of all n-grams of words that did not come before in their group of texts."""
+    every = distinct = 0
+    for group in groups:
+        words = [text.lower().split() for text in group]
+        grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+        every, distinct = every + len(grams), distinct + len(set(grams))
+    return distinct / max(1, every)
 
 
 # ---------- Results -----------------------------------------------------------------------------------------
@@ -320,8 +298,8 @@ def plot(table, y, path):
     import matplotlib.pyplot as plt
 
     groups = list(dict.fromkeys(row.rpartition(": ")[0] for row in table))  # attributes, if any
-    size = (10, 4 * len(groups))
-    fig, axes = plt.subplots(len(groups), 2, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(groups), 2, figsize=(10, 4 * len(groups)), squeeze=False)
+    fig.set_layout_engine("constrained")
     for row, figures in table.items():
         (group, _, how), shown = row.rpartition(": "), y or next(iter(figures))
         for name, ax in zip(("corpus perplexity", "Div"), axes[groups.index(group)]):
@@ -357,26 +335,24 @@ def held_out(model):
 
 def continuations(bench, book, sampling, settings):
     """What generation and noise share. settings: {row: what differs from `sampling`}."""
-    need("mauve", "pip install mauve-text")
     from mauve import compute_mauve
 
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true = held_out(model)
-    reference, reference_features = bench.measure(prefixes, truths, true)
-    del reference["similarity"]  # to itself
+    _, real = bench.measure(prefixes, truths)
     for row, r in book.todo(["reference", *settings]):
         here = replace(sampling, **settings.get(row, {}))
         if row == "reference":
-            written, figures, features = truths, reference, reference_features
+            written, told = truths, None
         elif row.startswith(("true", "plain")):  # told the truth, or nothing
             rng = generator_at(model.device, seed + r)
             parts = [(prefixes[at], true[at]) for at in batches(prefixes)]
             written = [text for part in parts for text in model.write(*part, new_tokens, here, rng)]
-            figures, features = bench.measure(prefixes, written, true)
+            told = true
         else:
-            written, proposals, _ = bench.generate(tuple(prefixes), "none", new_tokens, r, here)
-            figures, features = bench.measure(prefixes, written, proposals)
-        same = compute_mauve(features, reference_features, seed=seed + r, verbose=False).mauve
+            written, told, _ = bench.generate(tuple(prefixes), "none", new_tokens, r, here)
+        figures, features = bench.measure(prefixes, written, told)
+        same = compute_mauve(features, real, seed=seed + r, verbose=False).mauve
         book.add(row, r, {"MAUVE": same} | figures, written)
 
 
@@ -442,26 +418,19 @@ def by_experts(bench, lines, guide, a, r, sampling):
 def in_words(bench, lines, guide, _, r, sampling):
     """The judge of fluency, an instruct model, asked in words for the guide's classes."""
     torch.manual_seed(seed + r)
-    tokenizer, device = bench.lm.tokenizer, bench.lm.device
-    wish = f"Write a {guide.replace(',', ' and ')} text that begins: "
-    options = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
-    options |= {"do_sample": True, "max_new_tokens": control_tokens}
+    lm, wish = bench.lm, f"Write a {guide.replace(',', ' and ')} text that begins: "
+
+    def chat(line):
+        return [{"role": "user", "content": wish + line}, {"role": "assistant", "content": line}]
+
+    options = {"do_sample": True, "max_new_tokens": control_tokens, "return_full_text": False}
+    options |= {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
     options["min_new_tokens"] = 0 if sampling.may_end else control_tokens
-    plain = {"add_special_tokens": False, "return_token_type_ids": False}
-
-    def write():
-        for at in batches(lines):
-            asked = [[{"role": "user", "content": wish + line}] for line in lines[at]]
-            chats = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            begun = [chat + line for chat, line in zip(chats, lines[at])]
-            inputs = tokenizer(begun, return_tensors="pt", padding=True, padding_side="left", **plain)
-            with autocast(device):
-                rows = bench.lm.model.generate(**inputs.to(device), **options)
-            new = rows[:, inputs["input_ids"].shape[1] :]
-            yield from tokenizer.batch_decode(new, skip_special_tokens=True)
-
-    written, seconds = timed(list, write())
-    return [text.rstrip("\ufffd") for text in written], None, seconds / len(lines)
+    options |= {"device": lm.device, "batch_size": batch_size}
+    write = pipeline("text-generation", model=lm.model, tokenizer=lm.tokenizer, **options)
+    with autocast(lm.device):
+        rows, seconds = timed(write, [chat(line) for line in lines])
+    return [row["generated_text"].rstrip("\ufffd") for (row,) in rows], None, seconds / len(lines)
 
 
 def peers(bench, labels, sampling):
@@ -483,7 +452,7 @@ def steer(bench, book, sampling, rows):
         lines = tuple(line for line in begun.split("|") for _ in range(num_samples))
         written, proposals, seconds = way(bench, lines, guide, strength, r, sampling)
         figures, _ = bench.measure(lines, written, proposals)
-        figures["Dist-3"] = np.mean([distinct_3(group) for group in np.reshape(written, (-1, num_samples))])
+        figures["Dist-3"] = distinct(np.reshape(written, (-1, num_samples)), 3)  # in a prompt's texts
         return written, figures | {"seconds": seconds}
 
     for row, r in book.todo(rows):
@@ -550,7 +519,6 @@ def runtime(bench, book, sampling):
         figures = {part: seconds / batch for part, seconds in figures.items()}
         every = sum(figures[part] for part in ("encode", "diffuse", "prompt", "decode"))
         figures["relative"] = every / figures["decode"]
-        figures["guided / decode"] = figures["diffuse, guided"] / figures["decode"]
         book.add(row, r, figures, [])
 
 
@@ -576,10 +544,10 @@ def main(settings):
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
-    given = [text_file, judge_lm, *judges.split(",")]
-    given += [f"{expert}/decoder.safetensors" for expert in re.split("[=+,]", experts)]
-    given = filter(os.path.isfile, given)
-    for path in (*glob.glob(f"{folder}/*.safetensors"), *glob.glob(f"{folder}/probes/*.npz"), *given):
+    read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts)]
+    read += [text_file, judge_lm, *judges.split(",")]
+    read += glob.glob(f"{folder}/*.safetensors") + glob.glob(f"{folder}/probes/*.npz")
+    for path in filter(os.path.isfile, read):
         made_with[os.path.relpath(path, folder)] = sha256(path)
     labels = attributes.split(",") if "control" in wanted else []
     labels += re.split("[,+]", pairs) if "compose" in wanted else []

@@ -64,11 +64,10 @@ ROWS = {
 # ---- measures ----
 
 
-def test_diversity_counts_repeated_n_grams():
-    assert evaluation.diversity(["a b c d e f"]) == 1
-    assert evaluation.diversity(["a b c d", "a b c d"]) == 1 / 8  # half of each of three kinds
-    assert evaluation.distinct_3(["a b c", "a b c"]) == 1 / 6  # over words
-    assert evaluation.repeated_4("a b c d a b c d") == pytest.approx(1 / 5)  # within a text
+def test_distinct_counts_n_grams_that_did_not_come_before_in_their_group():
+    assert evaluation.distinct([["a b c", "A b d"]], 2) == 3 / 4  # of one group, whatever the case
+    assert evaluation.distinct([["a b c"], ["a b d"]], 2) == 1  # of a group each
+    assert evaluation.distinct([["a"]], 2) == 0  # where there are none
 
 
 # ---- judges ----
@@ -82,7 +81,7 @@ def judge_lm(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = "{{ messages[0].content }} "  # as an instruct model has
+    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # as an instruct model has
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
