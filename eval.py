@@ -10,9 +10,7 @@ Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figure
 same command continues when interrupted. The table is printed in Markdown; with matplotlib, its figures are
 drawn against perplexity and diversity.
 
-No judge is a probe that guides. Attributes are judged by text classifiers of transformers (hub name, folder),
-by a lexicon (`vader`), and by .npz files, fitted by `probes.py --judge` to text that the probe must not know.
-Fluency is judged by a causal language model: hub name, folder, .gguf file, or smollm2.
+No judge is a probe that guides; what `probes.py --judge` fits must be fitted to text that no probe knows.
 """
 
 import glob
@@ -74,11 +72,11 @@ top_k = Sampling.top_k  # so many likeliest tokens; 0 takes all
 top_p = Sampling.top_p  # of these, the likeliest that make up this probability
 repetition_penalty = Sampling.repetition_penalty  # of the decoder
 may_end = Sampling.may_end  # in control and compose: whether a text may end early
-judge_lm = "allenai/OLMo-1B-hf"  # fluency, and the features of MAUVE
+judge_lm = "allenai/OLMo-1B-hf"  # fluency, MAUVE's features: a hub's name, a folder, a .gguf file, smollm2
 judges = (
     "siebert/sentiment-roberta-large-english,distilbert-base-uncased-finetuned-sst-2-english"
     ",s-nlp/roberta_toxicity_classifier"
-)  # of attributes: classifiers, .npz of probes.py --judge, vader
+)  # of attributes: classifiers of the hub or a folder, .npz of probes.py --judge, the lexicon vader
 batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first
@@ -194,9 +192,8 @@ class Bench:
         self.experts = {}  # class: its expert, its anti-expert
         for label, _, folders in (item.partition("=") for item in experts.split(",") if item and labels):
             pair = [load(folder, model.device) for folder in folders.split("+")]
-            fits = len(pair) == 2 and all(expert.gpt.config == gpt.config for _, expert in pair)
-            fits &= not any("frozen" in meta["network"] for meta, _ in pair)
-            check(fits, f"--experts {experts}: write CLASS=EXPERT+ANTI, folders of this decoder, fine-tuned")
+            tuned = [e.gpt.config == gpt.config and "frozen" not in meta["network"] for meta, e in pair]
+            check(tuned == [True, True], "--experts: CLASS=EXPERT+ANTI, this decoder fine-tuned twice")
             self.experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
 
     def generate(self, prefixes, guide, count, r, sampling):

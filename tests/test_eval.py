@@ -249,7 +249,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
         ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
         ("--task noise --judge_lm config", "cannot load config"),
         ("--task control --judges nowhere.npz", "there is no nowhere.npz"),
-        ("--task control --experts negative=out/toy", "write CLASS=EXPERT+ANTI"),
+        ("--task control --experts negative=out/toy", "CLASS=EXPERT+ANTI, this decoder fine-tuned twice"),
         ("--task noise --new_tokens 900", "only 0 held-out texts of 910 tokens"),
     ],
 )
