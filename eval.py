@@ -8,9 +8,7 @@
 
 Each row of a task's table and each seed is a line of RESULTS/TASK.jsonl (figures and texts), from which the
 same command continues when interrupted. The table is printed in Markdown; with matplotlib, its figures are
-drawn against perplexity and diversity.
-
-No judge is a probe that guides; what `probes.py --judge` fits must be fitted to text that no probe knows.
+drawn. No judge is a probe that guides: `probes.py --judge` must fit judges to text that no probe knows.
 """
 
 import glob
@@ -125,7 +123,6 @@ class LanguageModel:
 def attribute_judge(name, device):
     """-> its classes, and a function of texts to their probabilities (N, classes)."""
     if name.endswith(".npz"):
-        check(os.path.exists(name), f"--judges: there is no {name}")
         try:
             with np.load(name, allow_pickle=False) as f:
                 words, fit = f["words"].tobytes().decode().split("\n"), LogisticRegression()
@@ -133,7 +130,7 @@ def attribute_judge(name, device):
                 features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
                 fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
         except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-            raise InputError(f"{name} is damaged, or not a judge of probes.py: {e}") from None
+            raise InputError(f"--judges: cannot read {name}: {e}") from None
         return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
     if name == "vader":
         check(importlib.util.find_spec("vaderSentiment"), "the judge vader: pip install vaderSentiment")
@@ -295,8 +292,7 @@ def plot(table, y, path):
     import matplotlib.pyplot as plt
 
     groups = list(dict.fromkeys(row.rpartition(": ")[0] for row in table))  # attributes, if any
-    fig, axes = plt.subplots(len(groups), 2, figsize=(10, 4 * len(groups)), squeeze=False)
-    fig.set_layout_engine("constrained")
+    fig, axes = plt.subplots(len(groups), 2, figsize=(10, 4 * len(groups)), squeeze=False, layout="tight")
     for row, figures in table.items():
         (group, _, how), shown = row.rpartition(": "), y or next(iter(figures))
         for name, ax in zip(("corpus perplexity", "Div"), axes[groups.index(group)]):
@@ -420,10 +416,10 @@ def in_words(bench, lines, guide, _, r, sampling):
     def chat(line):
         return [{"role": "user", "content": wish + line}, {"role": "assistant", "content": line}]
 
-    options = {"do_sample": True, "max_new_tokens": control_tokens, "return_full_text": False}
+    least = 0 if sampling.may_end else control_tokens
+    options = {"do_sample": True, "max_new_tokens": control_tokens, "min_new_tokens": least}
     options |= {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
-    options["min_new_tokens"] = 0 if sampling.may_end else control_tokens
-    options |= {"device": lm.device, "batch_size": batch_size}
+    options |= {"device": lm.device, "batch_size": batch_size, "return_full_text": False}
     write = pipeline("text-generation", model=lm.model, tokenizer=lm.tokenizer, **options)
     with autocast(lm.device):
         rows, seconds = timed(write, [chat(line) for line in lines])

@@ -248,7 +248,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
         ("--task noise --noise_levels 0,2", "sigma2=2.0: must be from 0"),
         ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
         ("--task noise --judge_lm config", "cannot load config"),
-        ("--task control --judges nowhere.npz", "there is no nowhere.npz"),
+        ("--task control --judges nowhere.npz", "cannot read nowhere.npz"),
         ("--task control --experts negative=out/toy", "CLASS=EXPERT+ANTI, this decoder fine-tuned twice"),
         ("--task noise --new_tokens 900", "only 0 held-out texts of 910 tokens"),
     ],
