@@ -130,7 +130,7 @@ def attribute_judge(name, device):
                 features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
                 fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
         except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-            raise InputError(f"--judges: cannot read {name}: {e}") from None
+            raise InputError(f"cannot read {name} as a judge of probes.py: {e}") from None
         return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
     if name == "vader":
         check(importlib.util.find_spec("vaderSentiment"), "the judge vader: pip install vaderSentiment")
@@ -190,7 +190,8 @@ class Bench:
         for label, _, folders in (item.partition("=") for item in experts.split(",") if item and labels):
             pair = [load(folder, model.device) for folder in folders.split("+")]
             tuned = [e.gpt.config == gpt.config and "frozen" not in meta["network"] for meta, e in pair]
-            check(tuned == [True, True], "--experts: CLASS=EXPERT+ANTI, this decoder fine-tuned twice")
+            fits = all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
+            check(fits and tuned == [True, True], "--experts: CLASS=EXPERT+ANTI, this decoder tuned twice")
             self.experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
 
     def generate(self, prefixes, guide, count, r, sampling):
@@ -232,12 +233,9 @@ class Bench:
 
 def distinct(groups, n):
     """The share of all n-grams of words that did not come before in their group of texts."""
-    every = distinct = 0
-    for group in groups:
-        words = [text.lower().split() for text in group]
-        grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
-        every, distinct = every + len(grams), distinct + len(set(grams))
-    return distinct / max(1, every)
+    words = [[text.lower().split() for text in group] for group in groups]
+    grams = [[tuple(row[i : i + n]) for row in group for i in range(len(row) - n + 1)] for group in words]
+    return sum(len(set(group)) for group in grams) / max(1, sum(map(len, grams)))
 
 
 # ---------- Results -----------------------------------------------------------------------------------------
@@ -328,6 +326,7 @@ def held_out(model):
 
 def continuations(bench, book, sampling, settings):
     """What generation and noise share. settings: {row: what differs from `sampling`}."""
+    check(importlib.util.find_spec("mauve"), "MAUVE needs a package: pip install mauve-text")
     from mauve import compute_mauve
 
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper

@@ -68,6 +68,8 @@ def test_distinct_counts_n_grams_that_did_not_come_before_in_their_group():
     assert evaluation.distinct([["a b c", "A b d"]], 2) == 3 / 4  # of one group, whatever the case
     assert evaluation.distinct([["a b c"], ["a b d"]], 2) == 1  # of a group each
     assert evaluation.distinct([["a"]], 2) == 0  # where there are none
+    assert evaluation.distinct([["a b c d a b c d"]], 4) == 4 / 5  # within a text
+    assert [evaluation.distinct([["a b c d", "a b c d"]], n) for n in (2, 3, 4)] == [1 / 2] * 3
 
 
 # ---- judges ----
@@ -249,7 +251,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
         ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
         ("--task noise --judge_lm config", "cannot load config"),
         ("--task control --judges nowhere.npz", "cannot read nowhere.npz"),
-        ("--task control --experts negative=out/toy", "CLASS=EXPERT+ANTI, this decoder fine-tuned twice"),
+        ("--task control --experts negative=out/toy", "CLASS=EXPERT+ANTI, this decoder tuned twice"),
         ("--task noise --new_tokens 900", "only 0 held-out texts of 910 tokens"),
     ],
 )
