@@ -379,7 +379,7 @@ def guided(bench, lines, guide, through, r, sampling):
 
 def best_of_n(bench, lines, guide, n, r, sampling):
     """Of n unguided texts the one that the guide's probes find likeliest -> texts, proposals, seconds."""
-    rounds = [bench.generate(lines, "none", control_tokens, r + k * seeds, sampling) for k in range(n)]
+    rounds = [bench.generate(lines, "none", control_tokens, r + 1000 * k, sampling) for k in range(n)]
     guides = parse_guide(guide, bench.model.probes)
 
     def choose():

@@ -480,8 +480,7 @@ class GPT(nn.Module):
                 logits[:, stop] = -math.inf
             token = pick(logits, seen, sampling, rng)
             if stop is not None:
-                token = torch.where(done, stop, token)
-                done |= token == stop
+                done |= token == stop  # what follows in that row is cut off below
             new = torch.cat((new, token[:, None]), dim=1)
             if done.all() or new.shape[1] >= max_new_tokens:
                 break

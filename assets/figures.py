@@ -48,7 +48,7 @@ def noise():
     t = torch.linspace(0.0002, 0.9998, 4999, dtype=torch.float64)
     fig, axes = plt.subplots(1, 3, figsize=(11.4, 3.6))
     axes[0].plot(levels, torch.cat(nano.alpha_sigma(levels), 1) ** 2, label=["α²: signal", "σ²: noise"])
-    for label, scale in (("sampling", 1), ("stage 1", noise_scale)):
+    for label, scale in (("paper's sampling", 1), ("stage 1", noise_scale)):
         log_snr = nano.cosine_log_snr(t, scale)
         density = -torch.gradient(t, spacing=(log_snr,))[0]  # dt / dlambda
         axes[1].plot(log_snr, density, label=f"{label}: cosine, scale {scale:g}")

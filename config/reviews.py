@@ -36,10 +36,10 @@ train_diffusion = {
 
 eval = {
     "judge_lm": "smollm2",
-    # a quarter of the rows that fitted the judge of topics fitted this box's probe too
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
     "num_texts": 256,
     "prefix_tokens": 20,
+    "cfg_scales": "1,1.5,2.5,5",
     "prompts": "The movie was|This film is about|I watched it with|The story|The director|Last night we"
     "|The acting in this|When I first heard about|The main character|In the beginning,|My friends and I"
     "|The film opens with|The plot|After an hour|The soundtrack|We rented this|The ending|This is a|The book"
@@ -47,7 +47,7 @@ eval = {
     "num_samples": 10,
     "control_tokens": 32,
     "attributes": "negative,positive,sports",
-    "guidance_weights": "10,20,40,80",
+    "guidance_weights": "20,40,80,160",
     "pairs": "negative+sports,positive+sports",
     "lengths": "8,16,32,60",
     "seeds": 3,
