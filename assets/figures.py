@@ -107,7 +107,7 @@ def guidance():
 def watch():
     """One sentence through the sampler under two guides, as sample.py --watch follows it."""
     ((probe, label, _),) = nano.parse_guide("negative", MODEL.probes)
-    greedy, steps, start = nano.Sampling(temperature=0), [], "The acting"
+    greedy, steps, start = nano.Sampling(temperature=0), [], "This film"
     frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 3, figsize=(11.4, 4.2), width_ratios=(1, 1, 6), subplot_kw=frame)
     for row, guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
