@@ -252,7 +252,7 @@ class Results:
             changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
             check(not changed, f"{self.path} was made with other {changed}: give another --results")
 
-    def todo(self, rows):
+    def missing(self, rows):
         """The (row, repetition) that have no line yet."""
         done = {(line["row"], line["seed"]) for line in self.lines}
         every = tqdm([(row, r) for row in rows for r in range(seeds)], self.path)
@@ -332,7 +332,7 @@ def continuations(bench, book, sampling, settings):
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true = held_out(model)
     _, real = bench.measure(prefixes, truths)
-    for row, r in book.todo(["reference", *settings]):
+    for row, r in book.missing(["reference", *settings]):
         here = replace(sampling, **settings.get(row, {}))
         if row == "reference":
             written, told = truths, None
@@ -447,7 +447,7 @@ def steer(bench, book, sampling, rows):
         figures["Dist-3"] = distinct(np.reshape(written, (-1, num_samples)), 3)  # in a prompt's texts
         return written, figures | {"seconds": seconds}
 
-    for row, r in book.todo(rows):
+    for row, r in book.missing(rows):
         labels, *how = rows[row]
         begun = rude_prompts if rude_prompts and labels == ["nontoxic"] else prompts
         written, figures = texts_by(begun, *how, r)
@@ -496,7 +496,7 @@ def runtime(bench, book, sampling):
     check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
     rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}
 
-    for row, r in book.todo(rows):
+    for row, r in book.missing(rows):
         batch, count = rows[row]
         rng, figures = generator_at(model.device, seed + r), {}
         no_prefix = [""] * batch  # which needs no encoding

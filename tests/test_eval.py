@@ -6,6 +6,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 
 import eval as evaluation
 import probes
-from model import GPT, GPTConfig, Sampling
+from model import GPT, GPTConfig, Probe, Sampling
 from prepare import toy_documents
 
 SIZES = """
@@ -70,6 +71,25 @@ def test_distinct_counts_n_grams_that_did_not_come_before_in_their_group():
     assert evaluation.distinct([["a"]], 2) == 0  # where there are none
     assert evaluation.distinct([["a b c d a b c d"]], 4) == 4 / 5  # within a text
     assert [evaluation.distinct([["a b c d", "a b c d"]], n) for n in (2, 3, 4)] == [1 / 2] * 3
+
+
+def test_best_of_n_draws_the_same_texts_however_many_seeds_follow(monkeypatch):
+    """So that a table which is continued with more seeds is the one made at once."""
+    probe = Probe("sentiment", ["negative", "positive"], torch.eye(2), torch.zeros(2), "", 1.0)
+    model = SimpleNamespace(probes=[probe], encode=lambda texts: torch.zeros(len(texts), 2))
+    drawn = {}
+    for seeds in (1, 5):
+        asked = drawn[seeds] = []
+
+        def generate(lines, guide, count, r, sampling, asked=asked):
+            asked.append(r)
+            return ["a text"], torch.zeros(1, 2), 0.0
+
+        monkeypatch.setattr(evaluation, "seeds", seeds)
+        bench = SimpleNamespace(model=model, generate=generate)
+        for r in range(2):
+            evaluation.best_of_n(bench, ("It",), "negative", 3, r, Sampling())
+    assert drawn[1] == drawn[5] and len(set(drawn[1])) == 6
 
 
 # ---- judges ----
