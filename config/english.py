@@ -49,7 +49,7 @@ eval = {
     "new_tokens": 24,
     "cfg_scales": "1,2.5,5",
     "plain_temperatures": "0.7,0.8,0.9",
-    "noise_levels": "0,0.05,0.2,0.5,1",
+    "sigma2s": "0,0.05,0.2,0.5,1",
     "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
     "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
     "|The computer|In the end,|The government|Yesterday",

@@ -20,7 +20,7 @@ train_decoder = {
     "learning_rate": 3e-3,
     "muon": 0.02,
     "warmup_iters": 200,
-    "weight_decay": 3e-4,
+    "decay_per_step": 3e-4,
     "eval_interval": 500,
     "eval_rows": 1024,
 }

@@ -1,7 +1,7 @@
-"""Configuration from plain global variables, after nanoGPT's configurator, but without `exec`.
+"""Configuration from plain global variables, after nanoGPT's configurator but without `exec`.
 
 A script starts with a block of globals, each with a comment, and ends with `run(main, globals())`. The
-command line then overrides them, left to right:
+command line overrides them, from left to right:
 
     python train_diffusion.py --batch_size=64                  --key=value
     python train_diffusion.py --batch_size 64                  --key value
@@ -11,7 +11,7 @@ command line then overrides them, left to right:
 
 A config file may serve several scripts: `key = value` sets the variable in every script that has it, and a
 dictionary named after a script, `train_decoder = {"batch_size": 64}`, sets it in that script alone. Values
-are literals: the file is parsed, not run.
+are literals: the file is parsed, never run.
 """
 
 import ast
@@ -20,11 +20,12 @@ import os
 import re
 import sys
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
 
 
 class InputError(Exception):
-    """Something that the person at the keyboard can put right: printed as one line, exit status 2."""
+    """A mistake that the person at the keyboard can fix: printed as one line, exit status 2."""
 
 
 def check(holds, message):
@@ -33,8 +34,14 @@ def check(holds, message):
         raise InputError(message)
 
 
+def check_positive(settings, *keys):
+    """Raises InputError for the first of these settings that is not above 0."""
+    for key in keys:
+        check(settings[key] > 0, f"{key}={settings[key]}: must be above 0")
+
+
 def declared(path):
-    """The variables at the top of a script -> {name: comment}, in their order."""
+    """The variables at the top of a script -> {name: comment}, in order."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
     lines, found = source.splitlines(), {}
@@ -53,7 +60,7 @@ def convert(key, value, default, where):
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise InputError(f"{where}: {key} must be {what}, as {default!r}, not {value!r}") from None
+        raise InputError(f"{where}: {key} must be {what}, like {default!r}, not {value!r}") from None
 
 
 def check_known(key, known, where):
@@ -70,8 +77,8 @@ def read_config(path, script, defaults):
             body = ast.parse(f.read()).body
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"cannot read config file {path}: {e}") from None
-    here = os.path.dirname(os.path.abspath(__file__))
-    known = {name: declared(f"{here}/{name}.py") for name in SCRIPTS}
+    known = {name: declared(f"{ROOT}/{name}.py") for name in SCRIPTS}
+    known_anywhere = [key for keys in known.values() for key in keys]
     shared, own = {}, {}
     for node in body:
         if isinstance(node, ast.Expr):
@@ -81,12 +88,23 @@ def read_config(path, script, defaults):
             (name,), value = [target.id for target in node.targets], ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
-        check(name not in SCRIPTS or isinstance(value, dict), f'{where}: write {name} = {{"key": value}}')
-        for key, setting in (value if name in SCRIPTS else {name: value}).items():
-            check_known(key, known.get(name) or [k for keys in known.values() for k in keys], where)
-            if key in defaults and name in (script, key):
-                (own if name == script else shared)[key] = convert(key, setting, defaults[key], where)
+        if name in SCRIPTS:
+            check(isinstance(value, dict), f'{where}: write {name} = {{"key": value}}')
+            for key, setting in value.items():
+                check_known(key, known[name], where)
+                if name == script:
+                    own[key] = convert(key, setting, defaults[key], where)
+        else:
+            check_known(name, known_anywhere, where)
+            if name in defaults:
+                shared[name] = convert(name, value, defaults[name], where)
     return shared | own
+
+
+def print_help(script, comments, defaults):
+    print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
+    for key, comment in comments.items():
+        print(f"  --{key + '=' + repr(defaults[key]):40} {comment}")
 
 
 def parse_arguments(arguments, script, comments, defaults):
@@ -95,21 +113,21 @@ def parse_arguments(arguments, script, comments, defaults):
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
-            for key, comment in comments.items():
-                print(f"  --{key + '=' + repr(defaults[key]):40} {comment}")
+            print_help(script, comments, defaults)
             raise SystemExit(0)
         if not argument.startswith("--"):
             values |= read_config(argument, script, defaults)
             continue
         key, equals, value = argument[2:].partition("=")
         check_known(key, defaults, "command line")
-        if not equals:
-            following = rest[0] if rest else "--"
-            flag = isinstance(defaults[key], bool) and following.lower() not in ("true", "false")
-            option = re.fullmatch(r"--(\w+(=.*)?)?", following, re.DOTALL)
-            check(flag or not option, f"command line: --{key} needs a value")
-            value = "true" if flag else rest.pop(0)
+        if not equals:  # --key value, or a bare --flag
+            is_flag = isinstance(defaults[key], bool)
+            if is_flag and (not rest or rest[0].lower() not in ("true", "false")):
+                value = "true"
+            else:
+                another_key = rest and re.fullmatch(r"--(\w+(=.*)?)?", rest[0], re.DOTALL)
+                check(rest and not another_key, f"command line: --{key} needs a value")
+                value = rest.pop(0)
         values[key] = convert(key, value, defaults[key], "command line")
     return values
 
@@ -117,7 +135,7 @@ def parse_arguments(arguments, script, comments, defaults):
 def run(main, variables, arguments=None):
     """Override a script's `variables` (its `globals()`) from the command line, then call `main(settings)`.
 
-    settings is the dictionary of all resolved values. Bad input, wherever it is met, ends as one line on
+    settings is the dictionary of all resolved values. A mistake, wherever it is met, ends as one line on
     standard error and exit status 2; Ctrl-C as exit status 130.
     """
     path = variables["__file__"]

@@ -1,0 +1,79 @@
+"""What prepare.py wrote, read as memory maps."""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing.config import InputError, check
+from plumbing.text import read_ranks
+
+DATA_FORMAT = 4  # of data/NAME
+COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
+
+
+def data_name(dataset):
+    """`some/folder/reviews.jsonl.gz` or `reviews` -> reviews, the folder's name in data/.
+
+    Several paths give one name: `reviews.jsonl.gz,news.jsonl.gz` -> reviews+news.
+    """
+    return "+".join(os.path.basename(os.path.normpath(path)).split(".")[0] for path in dataset.split(","))
+
+
+class Data:
+    """A folder written by prepare.py, data/NAME/{train,val} and meta.json, read as memory maps.
+
+    A row of tokens is a window, `length` tokens long, followed by the next token of its document.
+    """
+
+    def __init__(self, dataset):
+        self.folder = f"data/{data_name(dataset)}"
+        check(os.path.exists(f"{self.folder}/meta.json"), f"{self.folder} is not prepared: run prepare.py")
+        meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
+        again = f"remove {self.folder} and prepare it again"
+        check(meta["format"] == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
+        self.meta = meta["data"]  # what a model trained on this data must be used with
+        self.size = meta["N"]  # rows of each subset
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        self.arrays = {}
+        for subset, n in self.size.items():
+            for name in COLUMNS:
+                path = f"{self.folder}/{subset}/{name}.npy"
+                try:
+                    array = np.load(path, mmap_mode="r")  # fails if the file is shorter than its header says
+                except (OSError, ValueError) as e:
+                    raise InputError(f"{path} is missing or damaged ({e}): {again}") from None
+                check(len(array) == n, f"{path} is damaged: {len(array)} rows, not {n}: {again}")
+                self.arrays[subset, name] = array
+        self.ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.meta["tokenizer"])
+
+    def rows(self, subset, index, columns, device):
+        """Rows `index` of some columns: tokens cut to the longest, embeddings standardised, in fp32."""
+        rows = []
+        for name in columns:
+            array = self.arrays[subset, name][index]
+            if name == "tokens":
+                array = array[:, : self.arrays[subset, "length"][index].max() + 1]
+            x = torch.from_numpy(array.astype(np.float32 if "emb" in name else np.int64))
+            if "emb" in name:
+                x = (x - self.mean) / self.std
+            if device.startswith("cuda"):
+                x = x.pin_memory()  # lets the copy run while the GPU computes
+            rows.append(x.to(device, non_blocking=True))
+        return rows
+
+    def batch(self, number, batch_size, seed, part, columns, device):
+        """The slice `part` of training batch `number`: epochs without replacement, each in its own order."""
+        n = self.size["train"]
+        at = np.arange(number * batch_size, (number + 1) * batch_size)
+        epochs = range(at[0] // n, at[-1] // n + 1)
+        index = np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
+        return self.rows("train", np.sort(index[part]), columns, device)  # in the order of the file
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    return np.random.default_rng((seed, epoch)).permutation(n)

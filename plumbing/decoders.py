@@ -1,0 +1,127 @@
+"""Decoders trained by others: a GPT-2 or Llama of transformers, from the hub, a folder or a .gguf file.
+
+Weights get the names of `model.GPT`, and tokens are numbered in merge order, with <|endoftext|> last.
+"""
+
+import glob
+import os
+import sys
+from contextlib import suppress
+
+import torch
+
+from plumbing.bpe import gguf_path, read_bpe
+from plumbing.config import InputError, check
+from plumbing.files import hub_folder, load_weights, save_weights, sha256
+
+LLAMA_CONFIG = {  # a field of GPTConfig: its name in transformers
+    "vocab_size": "vocab_size",
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_kv_head": "num_key_value_heads",
+    "n_hidden": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+LLAMA_BLOCK = {  # a weight of our block: the weights of transformers that it joins
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+
+
+def source(name):
+    """What stands behind a name on this disk: smollm2 or a .gguf file -> that file; else a folder."""
+    path = gguf_path(name) or (name if os.path.isdir(name) else hub_folder(name))
+    whole = not os.path.isdir(path) or os.path.exists(f"{path}/config.json")
+    check(whole, f"{name} has no config.json: it is not the folder of a transformers model")
+    return path
+
+
+def source_sha256(name):
+    """The hash of the files that hold a pretrained decoder's weights: which decoder it is."""
+    path = source(name)
+    files = sorted(glob.glob(f"{glob.escape(path)}/*.safetensors")) if os.path.isdir(path) else [path]
+    return " ".join(map(sha256, files))
+
+
+def read_pretrained(name):
+    """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32.
+
+    A .gguf file takes half a minute to dequantise, so the result is kept in the user's cache folder.
+    """
+    path = source(name)
+    if os.path.isdir(path):
+        return convert(name, path)
+    cache = f"{os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}/nanodglm"
+    digest = sha256(path)
+    try:
+        meta, weights = load_weights(cache, digest)
+        return meta["config"], weights
+    except InputError:  # not there yet, damaged, or written by another version
+        print(f"converting {path} (only the first time)", file=sys.stderr)
+    config, weights = convert(name, path)
+    with suppress(InputError, OSError):  # without a place to keep it, it is converted each time
+        os.makedirs(cache, exist_ok=True)
+        save_weights(cache, digest, weights, {"config": config})
+    return config, weights
+
+
+def convert(name, path):
+    """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
+    from transformers import AutoModelForCausalLM
+
+    folder, options = path, {}
+    if not os.path.isdir(path):
+        folder, options["gguf_file"] = os.path.split(os.path.abspath(path))
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    except (ImportError, OSError, ValueError) as e:
+        raise InputError(f"cannot load {name}: {e}") from None
+    kind = theirs.config.model_type
+    check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
+    config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, theirs.state_dict())
+    if not os.path.isdir(path) or os.path.exists(f"{path}/tokenizer.json"):
+        _, order, _ = read_bpe(path)
+        config["vocab_size"] = len(order)
+        for key in weights.keys() & {"wte.weight", "lm_head.weight"}:
+            weights[key] = weights[key][order]
+    return config, weights
+
+
+def from_gpt2(name, theirs, tensors):
+    """transformers' configuration and tensors -> the fields of GPTConfig, weights by our names."""
+    check(theirs.activation_function == "gelu_new" and not theirs.n_inner, f"{name} is not a plain GPT-2")
+    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    config = {size: getattr(theirs, size) for size in sizes} | {"norm_eps": theirs.layer_norm_epsilon}
+    weights = {k.removeprefix("transformer."): w for k, w in tensors.items() if k != "lm_head.weight"}
+    for key in weights:
+        if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            weights[key] = weights[key].t()  # their Conv1D holds (in, out)
+    return config, weights
+
+
+def from_llama(name, theirs, tensors):
+    """transformers' configuration and tensors -> the fields of GPTConfig, weights by our names."""
+    rope = getattr(theirs, "rope_parameters", None)
+    rope = rope or {"rope_theta": theirs.rope_theta, **(theirs.rope_scaling or {})}
+    plain = rope.get("rope_type", "default") == "default" and theirs.hidden_act == "silu"
+    plain = plain and not theirs.attention_bias and not theirs.mlp_bias
+    plain = plain and theirs.head_dim * theirs.num_attention_heads == theirs.hidden_size
+    check(plain, f"{name} is not a plain Llama")
+    config = {field: getattr(theirs, theirs_name) for field, theirs_name in LLAMA_CONFIG.items()}
+    config["rope_theta"] = rope["rope_theta"]
+    weights = {"wte.weight": tensors["model.embed_tokens.weight"]}
+    weights["ln_f.weight"] = tensors["model.norm.weight"]
+    if not config["tied"]:
+        weights["lm_head.weight"] = tensors["lm_head.weight"]
+    for i in range(config["n_layer"]):
+        for ours, parts in LLAMA_BLOCK.items():
+            joined = torch.cat([tensors[f"model.layers.{i}.{part}.weight"] for part in parts])
+            weights[f"h.{i}.{ours}.weight"] = joined
+    return config, weights

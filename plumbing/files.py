@@ -1,0 +1,138 @@
+"""Files that are complete or absent: weights, training checkpoints, JSON lines, downloads.
+
+A file is written under a temporary name and then renamed. A damaged one is named, never loaded.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import zipfile
+from contextlib import suppress
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from plumbing.config import ROOT, InputError, check
+
+FORMAT = 4  # of .safetensors
+
+
+def write_file(path, content):
+    """Writes a str, bytes, or whatever a callable writes to the open file it is given: all or nothing."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises its own kind when the disk is full
+        with suppress(OSError):
+            os.remove(temporary)
+        raise InputError(f"cannot write {path}: {e}") from None
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_rows(path, *fields):
+    """The rows of a .jsonl or .jsonl.gz file, which must have these fields. Raises InputError."""
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    for field in fields:
+                        kind = str | int if field == "label" else str
+                        whole = isinstance(row, dict) and isinstance(row.get(field), kind)
+                        check(whole, f'{path}, line {number}: no field "{field}" with a string')
+                    yield row
+    except (OSError, EOFError, ValueError) as e:
+        raise InputError(f"cannot read {path} as JSON lines, after line {number}: {e}") from None
+
+
+def from_hub(download, what, repo, **options):
+    """The local path of what huggingface_hub downloads, once. Raises InputError."""
+    try:
+        return download(repo, **options)
+    except Exception as e:
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        offline = "without a network, give a folder or file of your own, or copy a hub cache and set HF_HOME"
+        raise InputError(f"cannot get {what} of {repo} from the hub ({why}); {offline}") from None
+
+
+def hub_file(repo, filename, **options):
+    """The local path of one file of a Hugging Face repository. Raises InputError."""
+    from huggingface_hub import hf_hub_download
+
+    return from_hub(hf_hub_download, filename, repo, filename=filename, **options)
+
+
+def hub_folder(repo):
+    """The local folder of a Hugging Face repository: its .safetensors and .json files. Raises InputError."""
+    from huggingface_hub import snapshot_download
+
+    return from_hub(snapshot_download, "the files", repo, allow_patterns=["*.safetensors", "*.json"])
+
+
+def fingerprint(tensors, text=""):
+    """The SHA-256 of a text, and of tensors and their names."""
+    whole = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def save_weights(folder, name, tensors, meta):
+    """FOLDER/NAME.safetensors: the tensors and, as JSON in its header, whatever is needed to use them."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps({"format": FORMAT} | meta)
+    header = {"nanodglm": text, "sha256": fingerprint(tensors, text)}
+    write_file(f"{folder}/{name}.safetensors", save(tensors, header))
+
+
+def load_weights(folder, name, device="cpu"):
+    """-> what was saved with the weights, the weights. Raises InputError if missing or damaged."""
+    path = f"{folder}/{name}.safetensors"
+    check(os.path.exists(path), f"{path} is missing: train it, or give --out_dir, the folder of a model")
+    try:
+        with safe_open(path, "pt") as f:
+            header = f.metadata()
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        meta = json.loads(header["nanodglm"])
+        version = meta.get("format")
+        same = fingerprint(tensors, header["nanodglm"]) == header.get("sha256")
+    except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as e:
+        raise InputError(f"{path} is damaged, or not from this project: {e}") from None
+    check(version == FORMAT, f"{path} was made by another version: train it again")
+    check(same, f"{path} is damaged: it is not what was written")
+    return meta, {k: v.to(device) for k, v in tensors.items()}
+
+
+def load_checkpoint(path, made_with, device):
+    """What a training script saved in PATH.pt, if it was made with the same data, sizes and optimizers."""
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("its checksum is wrong")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # whatever a damaged archive makes zipfile and torch raise
+        raise InputError(f"{path} is damaged ({e}): --resume=False starts over") from None
+    changed = ", ".join(key for key, value in made_with.items() if checkpoint["made_with"].get(key) != value)
+    check(not changed, f"{path} was made with another {changed}: give an --out_dir, or --resume=False")
+    return checkpoint
+
+
+def newest_model():
+    """The folder in out/ that was trained last and has both stages, else pretrained/reviews."""
+    diffusions = sorted(glob.glob("out/*/diffusion.safetensors"), key=os.path.getmtime)
+    folders = [os.path.dirname(path) for path in diffusions]
+    trained = [folder for folder in folders if os.path.exists(f"{folder}/decoder.safetensors")]
+    return trained[-1] if trained else os.path.relpath(f"{ROOT}/pretrained/reviews")

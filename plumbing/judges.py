@@ -1,0 +1,113 @@
+"""Judges of fluency and of attributes, for eval.py.
+
+A judge fitted by probes.py --judge travels as plain arrays. Others are classifiers of the hub, and a lexicon.
+"""
+
+import importlib.util
+import os
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from plumbing.bpe import gguf_path
+from plumbing.config import InputError, check
+from plumbing.devices import autocast
+from plumbing.files import write_file
+
+FEATURES = {"ngram_range": (1, 2), "sublinear_tf": True}  # TF-IDF of words and pairs of words
+
+
+def fit_judge(path, texts, labels, held_out, held_out_labels, **options):
+    """Fits a logistic regression on the words of the texts, writes it -> its held-out accuracy.
+
+    options: of scikit-learn's LogisticRegression.
+    """
+    features = TfidfVectorizer(**FEATURES, min_df=3, max_features=50_000)
+    fit = LogisticRegression(C=10, **options).fit(features.fit_transform(texts), labels)
+    accuracy = fit.score(features.transform(held_out), held_out_labels)
+    arrays = {
+        "classes": fit.classes_,
+        "words": np.frombuffer("\n".join(features.get_feature_names_out()).encode(), dtype=np.uint8),
+        "idf": features.idf_.astype(np.float16),
+        "coef": fit.coef_.astype(np.float16),
+        "intercept": fit.intercept_,
+        "accuracy": accuracy,
+        "rows": len(texts) + len(held_out),
+    }
+    write_file(path, partial(np.savez_compressed, **arrays))
+    return accuracy
+
+
+def read_judge(path):
+    """-> its classes, and a function of texts to their probabilities (N, classes). Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            words = f["words"].tobytes().decode().split("\n")
+            features, fit = TfidfVectorizer(**FEATURES, vocabulary=words), LogisticRegression()
+            features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
+            fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
+    except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
+        raise InputError(f"cannot read {path} as a judge of probes.py: {e}") from None
+    return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
+
+
+def load_judge(name, device, batch_size):
+    """-> its classes, and a function of texts to their probabilities (N, classes)."""
+    if name.endswith(".npz"):
+        return read_judge(name)
+    if name == "vader":
+        check(importlib.util.find_spec("vaderSentiment"), "the judge vader: pip install vaderSentiment")
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
+        return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
+    classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
+    labels = list(classify.model.config.id2label.values())
+
+    def score(texts):
+        found = [{s["label"]: s["score"] for s in row} for row in classify(texts, batch_size=batch_size)]
+        return np.array([[row[label] for label in labels] for row in found])
+
+    return [label.lower() for label in labels], score
+
+
+class LanguageModel:
+    """A causal language model, the judge of fluency. Raises InputError if it cannot be loaded."""
+
+    def __init__(self, name, device):
+        folder, file = name, {}
+        if path := gguf_path(name):
+            folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+        except (ImportError, OSError, ValueError) as e:
+            raise InputError(f"--judge_lm: cannot load {name}: {e}") from None
+        self.model, self.device = model.to(device).eval(), device
+
+    @torch.no_grad()
+    def read(self, prefixes, texts, batch_size):
+        """-> nats of each text given its prefix (N,), its tokens (N,), features of both (N, width)."""
+        first = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None)
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # whatever the texts contain
+        ids = [self.tokenizer(list(x), **plain)["input_ids"] for x in (prefixes, texts)]
+        rows, out = [(torch.tensor([first, *p, *t]), 1 + len(p)) for p, t in zip(*ids)], []
+        for at in range(0, len(rows), batch_size):
+            part = rows[at : at + batch_size]
+            tokens = [row for row, _ in part]
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], True).to(self.device)
+            tokens = torch.nn.utils.rnn.pad_sequence(tokens, True).to(self.device)
+            with autocast(self.device):
+                seen = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+            logits = seen.logits[:, :-1].float().transpose(1, 2)
+            nats = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (B, T - 1)
+            for i, (row, begin) in enumerate(part):
+                feature = seen.hidden_states[-1][i, len(row) - 1].float().cpu().numpy()
+                out.append((nats[i, begin - 1 : len(row) - 1].sum().item(), len(row) - begin, feature))
+        return tuple(np.array(column) for column in zip(*out))
