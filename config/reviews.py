@@ -1,4 +1,4 @@
-"""Short passages of film reviews, or of any text of your own, on a laptop: a small decoder and diffusion.
+"""Short passages of film reviews, or any text of your own, on a laptop: a small decoder and diffusion.
 
 python prepare.py config/reviews.py --dataset reviews.jsonl.gz
 python train_decoder.py config/reviews.py && python train_diffusion.py config/reviews.py

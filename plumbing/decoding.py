@@ -20,9 +20,9 @@ def insert(rows, block, at):
 class Reader:
     """A GPT that reads a batch of prompts, then token after token, with a key-value cache.
 
-    prompts: lists of tokens, of any lengths (shorter ones are padded on the left). soft_prompt: (B, K, n_embd)
-    or None, inserted after each prompt, or before it with soft_first. eot_row: see `GPT.forward`. Raises
-    InputError if the prompts leave no room for max_new_tokens.
+    prompts: lists of tokens, of any lengths (shorter ones are padded on the left). soft_prompt: None, or
+    (B, K, n_embd), inserted after each prompt, or before it with soft_first. eot_row: see `GPT.forward`.
+    Raises InputError if the prompts leave no room for max_new_tokens.
     """
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
-"""What the tests share: the toy's path, run once beside the tests that do not need it; running, killing."""
+"""What the tests share: a trained toy, ways to run the scripts, a kill."""
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -9,31 +10,52 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-os.environ["OMP_NUM_THREADS"] = "1"  # scripts run side by side, a core each; the number decides the last bits
+os.environ["OMP_NUM_THREADS"] = "1"  # the number of threads decides the last bits of a sum
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from configurator import run  # noqa: E402
+from plumbing.config import run  # noqa: E402
 
-# a busy machine is no failure: hypothesis has no deadline
+# no deadline: a slow example on a busy machine is not a failure
 settings.register_profile("nanodglm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("nanodglm")
 
-SHORT = "config/toy.py --batch_size=16 --max_iters=20 --eval_interval=10 --eval_rows=32"
-TRAININGS = {"decoder": f"train_decoder.py {SHORT} --muon=0.02", "diffusion": f"train_diffusion.py {SHORT}"}
+# the toy in a smaller size: python train_decoder.py config/toy.py config/tiny.py
+TINY = """
+prepare = {"max_documents": 700, "val_every": 10}
+train_decoder = {
+    "n_layer": 2,
+    "batch_size": 32,
+    "muon": 0.02,
+    "warmup_iters": 20,
+    "max_iters": 120,
+    "eval_interval": 120,
+    "eval_rows": 64,
+}
+train_diffusion = {
+    "diffusion_tokens": 16,
+    "batch_size": 32,
+    "muon": 0.02,
+    "warmup_iters": 20,
+    "max_iters": 150,
+    "eval_interval": 150,
+    "eval_rows": 64,
+}
+"""
+TOY = "config/toy.py config/tiny.py"
+SHORT = f"{TOY} --batch_size=16 --max_iters=20 --eval_interval=10 --eval_rows=32"
+TRAININGS = {name: f"train_{name}.py {SHORT}" for name in ("decoder", "diffusion")}
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="how often tests/test_kills.py kills each script")
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "project" in item.fixturenames)  # last, so that the toy is trained by then
+# ---- running ----
 
 
 def python(command, cwd, **env):
@@ -44,7 +66,7 @@ def python(command, cwd, **env):
     return done.stdout
 
 
-# several commands, one after the other, in one process: to load the libraries takes longer than the work
+# several commands, one after the other, in one process: loading the libraries takes longer than the work
 IN_ONE = """
 import runpy, sys
 sys.path.insert(0, "")
@@ -57,17 +79,40 @@ for command in sys.argv[1:]:
 """
 
 
-def side_by_side(commands, cwd, **env):
-    """`python COMMAND` of each, two at a time; their standard outputs."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda command: python(command, cwd, **env), commands))
+def load_script(project, script):
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), project / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def digest(folder, ignore=()):
-    """{path: SHA-256} of all files below a folder, but for those that end so."""
-    files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
-    files = [f for f in files if not f.endswith(tuple(ignore))]
-    return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
+def run_here(project, command, **replaced):
+    """A script in this process, where the libraries are loaded already; some of its names may be replaced.
+    A mistake in the command is a SystemExit.
+    """
+    script, *arguments = command.split()
+    with contextlib.chdir(project):
+        module = load_script(project, script)
+        vars(module).update(replaced)
+        run(module.main, vars(module), arguments)
+
+
+@pytest.fixture
+def call(capsys):
+    """call(project, command): a script in this process -> its exit status, the lines of its standard output,
+    the last line of standard error.
+    """
+
+    def call(project, command):
+        status = 0
+        try:
+            run_here(project, command)
+        except SystemExit as e:
+            status = e.code
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), (said.err.splitlines() or [""])[-1]
+
+    return call
 
 
 def kill_when(command, cwd, condition):
@@ -81,63 +126,39 @@ def kill_when(command, cwd, condition):
     process.wait()
 
 
-def load_script(project, script):
-    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), project / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def digest(folder, ignore=()):
+    """{path: SHA-256} of all files below a folder, except those with one of the endings to ignore."""
+    files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
+    files = [f for f in files if not f.endswith(tuple(ignore))]
+    return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(project, command): a script in this process, whose libraries are loaded already -> its exit
-    status, the lines of its standard output, the last line of standard error.
-    """
-
-    def call(project, command):
-        monkeypatch.chdir(project)
-        script, *arguments = command.split()
-        module, status = load_script(project, script), 0
-        try:
-            run(module.main, vars(module), arguments)
-        except SystemExit as e:
-            status = e.code
-        said = capsys.readouterr()
-        return status, said.out.splitlines(), (said.err.splitlines() or [""])[-1]
-
-    return call
+# ---- projects ----
 
 
 def copy_scripts(folder):
-    shutil.copytree(f"{ROOT}/config", folder / "config")
+    for package in ("config", "plumbing"):
+        shutil.copytree(f"{ROOT}/{package}", folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for path in glob.glob(f"{ROOT}/*.py"):
         shutil.copy(path, folder)
     return folder
 
 
-def make_project(folder):
-    """The toy's whole path, with fewer steps than config/toy.py takes, of fewer rows."""
-    copy_scripts(folder)
-    python("prepare.py config/toy.py --max_documents=1200", folder)
-    short = "config/toy.py --batch_size=32 --warmup_iters=50 --eval_rows=64 --eval_interval=200 --max_iters"
-    stages = f"train_decoder.py {short}=200", f"train_diffusion.py {short}=150", "probes.py config/toy.py"
-    side_by_side(stages, folder)
-    return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def toy(request, tmp_path_factory):
-    """Starts on the toy at once, if any test needs it."""
-    if any("project" in item.fixturenames for item in request.session.items):
-        return ThreadPoolExecutor(1).submit(make_project, tmp_path_factory.mktemp("project"))
-
-
 @pytest.fixture(scope="session")
-def project(toy):
-    return toy.result()
+def project(tmp_path_factory):
+    """The toy's whole path, shortened; the probes too learn from fewer rows."""
+    folder = copy_scripts(tmp_path_factory.mktemp("project"))
+    (folder / "config/tiny.py").write_text(TINY)
+    run_here(folder, f"prepare.py {TOY}")
+    for path in (folder / "data/toy").glob("*.jsonl"):
+        path.write_text("".join(path.open().readlines()[:300]))
+    for script in ("train_decoder", "train_diffusion", "probes"):
+        run_here(folder, f"{script}.py {TOY}")
+    return folder
 
 
 @pytest.fixture(scope="session")
 def undisturbed(project):
     """Two short trainings, never stopped, in out/whole."""
-    side_by_side([f"{command} --out_dir=out/whole" for command in TRAININGS.values()], project)
+    for command in TRAININGS.values():
+        run_here(project, f"{command} --out_dir=out/whole")

@@ -1,4 +1,4 @@
-"""The measures of eval.py, its judges, and every task on the toy. Run: python -m pytest tests/test_eval.py"""
+"""The measures and judges of eval.py, the peers, and every task on the toy."""
 
 import json
 import math
@@ -21,9 +21,11 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 
 import eval as evaluation
-import probes
 from model import GPT, GPTConfig, Probe, Sampling
-from prepare import toy_documents
+from peers import best_of_n, dexperts_logits
+from plumbing.decoding import Reader, decode
+from plumbing.judges import LanguageModel, fit_judge, read_judge
+from plumbing.toy import toy_documents
 
 SIZES = """
 out_dir = "out/toy"
@@ -34,7 +36,7 @@ prefix_tokens = 10
 new_tokens = 12
 cfg_scales = "1,3"
 plain_temperatures = "1"
-noise_levels = "0,1"
+sigma2s = "0,1"
 prompts = "On Friday a friend and I made a plan.|In March my sister and I met again."
 num_samples = 4
 attributes = "negative,sports"
@@ -48,7 +50,7 @@ lengths = "8,999"
 batch_sizes = "1,4"
 seeds = 2
 """
-WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "DExperts 1", "asked in words"]
+WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "DExperts 1", "prompted"]
 ALONE = ["none", "negative", "sports", "negative,sports", *WAYS[3:]]
 ROWS = {
     "generation": ["reference", "true embedding", "plain decoder, temperature 1", "w 1", "w 3"],
@@ -65,30 +67,25 @@ ROWS = {
 # ---- measures ----
 
 
-def test_distinct_counts_n_grams_that_did_not_come_before_in_their_group():
+def test_distinct_counts_n_grams_that_did_not_occur_before_in_their_group():
     assert evaluation.distinct([["a b c", "A b d"]], 2) == 3 / 4  # of one group, whatever the case
-    assert evaluation.distinct([["a b c"], ["a b d"]], 2) == 1  # of a group each
-    assert evaluation.distinct([["a"]], 2) == 0  # where there are none
+    assert evaluation.distinct([["a b c"], ["a b d"]], 2) == 1  # a group each
+    assert evaluation.distinct([["a"]], 2) == 0  # no n-grams at all
     assert evaluation.distinct([["a b c d a b c d"]], 4) == 4 / 5  # within a text
     assert [evaluation.distinct([["a b c d", "a b c d"]], n) for n in (2, 3, 4)] == [1 / 2] * 3
 
 
 def test_best_of_n_draws_the_same_texts_however_many_seeds_follow(monkeypatch):
-    """So that a table which is continued with more seeds is the one made at once."""
-    probe = Probe("sentiment", ["negative", "positive"], torch.eye(2), torch.zeros(2), "", 1.0)
-    model = SimpleNamespace(probes=[probe], encode=lambda texts: torch.zeros(len(texts), 2))
+    """So a table continued with more seeds is the one made in one go."""
     drawn = {}
+    monkeypatch.setattr(evaluation.peers, "best_of_n", lambda model, drafts, guide: drafts[0])
     for seeds in (1, 5):
         asked = drawn[seeds] = []
-
-        def generate(lines, guide, count, r, sampling, asked=asked):
-            asked.append(r)
-            return ["a text"], torch.zeros(1, 2), 0.0
-
+        draw = lambda model, lines, guide, count, at, sampling: (asked.append(at), 0.0)  # noqa: E731, B023
         monkeypatch.setattr(evaluation, "seeds", seeds)
-        bench = SimpleNamespace(model=model, generate=generate)
-        for r in range(2):
-            evaluation.best_of_n(bench, ("It",), "negative", 3, r, Sampling())
+        monkeypatch.setattr(evaluation, "draw", draw)
+        for at in (1337, 1338):
+            evaluation.by_best_of_n(SimpleNamespace(model=None), ("It",), "negative", 3, at, Sampling())
     assert drawn[1] == drawn[5] and len(set(drawn[1])) == 6
 
 
@@ -113,9 +110,9 @@ def judge_lm(tmp_path_factory):
 
 
 def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
-    """In batches of several lengths as one by one in transformers, whatever the text; none costs nothing."""
+    """In batches of several lengths as one by one in transformers, whatever the text; an empty one costs 0."""
     prefixes, written = ["The food", "A much longer prefix than that", ""], [" was good", "", "<|endoftext|>"]
-    nats, tokens, features = evaluation.LanguageModel(str(judge_lm), "cpu").read(prefixes, written)
+    nats, tokens, features = LanguageModel(str(judge_lm), "cpu").read(prefixes, written, batch_size=2)
     model = transformers.AutoModelForCausalLM.from_pretrained(judge_lm).eval()
     for prefix, text, nat, count, feature in zip(prefixes, written, nats, tokens, features):
         row = torch.tensor([[95, *(ord(c) - 32 for c in prefix + text)]])
@@ -128,50 +125,57 @@ def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
 
 
 @pytest.mark.parametrize("moods", [["bad", "good"], ["bad", "good", "odd"]])
-def test_a_judge_that_travels_judges_as_it_was_fitted(moods, tmp_path, monkeypatch, capsys):
+def test_a_judge_that_travels_judges_as_it_was_fitted(moods, tmp_path):
     """Its arrays, in half precision, are enough to build it again."""
     rng = np.random.default_rng(0)
     texts = [" ".join([*rng.choice(["it", "was", "so", "a", *moods], 6), mood]) for mood in moods * 60]
-    monkeypatch.setattr(probes, "judge", str(tmp_path / "moods.npz"))
-    probes.train_judge(texts, moods * 60, None)
-    classes, score = evaluation.attribute_judge(probes.judge, "cpu")
     parts = train_test_split(texts, moods * 60, test_size=0.1, random_state=1337, stratify=moods * 60)
+    known, unseen, y_known, y_unseen = parts
+    accuracy = fit_judge(f"{tmp_path}/moods.npz", known, y_known, unseen, y_unseen)
+    classes, score = read_judge(f"{tmp_path}/moods.npz")
     features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3)
-    fitted = make_pipeline(features, LogisticRegression(C=10)).fit(parts[0], parts[2])
-    assert classes == moods
+    fitted = make_pipeline(features, LogisticRegression(C=10)).fit(known, y_known)
+    assert classes == moods and accuracy == fitted.score(unseen, y_unseen)
     np.testing.assert_allclose(score(texts), fitted.predict_proba(texts), atol=5e-3)
-    assert (
-        f"accuracy {fitted.score(parts[1], parts[3]):.3f} on {len(parts[1])} rows" in capsys.readouterr().out
-    )
 
 
 # ---- peers ----
 
 
-def test_dexperts_adds_the_difference_of_expert_and_anti_expert():
-    """Greedy text in batches, with the cache, is that of the logits written out; the sign matters."""
+def test_best_of_n_keeps_for_each_prefix_the_text_that_the_guides_like_most():
+    texts = {"bad film": [3.0, 0.0], "good film": [0.0, 3.0], "bad day": [1.0, 0.0], "a day": [0.0, 0.0]}
+    probe = Probe("sentiment", ["negative", "positive"], torch.eye(2), torch.zeros(2), "", 1.0)
+    model = SimpleNamespace(probes=[probe], encode=lambda x: torch.tensor([texts[text] for text in x]))
+    drafts = [[("good film", 0), ("bad day", 1)], [("bad film", 2), ("a day", 3)]]
+    assert best_of_n(model, drafts, "negative") == [("bad film", 2), ("bad day", 1)]
+    assert best_of_n(model, drafts, "positive") == [("good film", 0), ("a day", 3)]
+
+
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a):
+    """Greedy text in batches, with the cache, is that of the logits written out."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=64, n_positions=32, n_layer=2, n_head=2, n_embd=32, tied=False)
     base, expert, anti = gpts = [GPT(config).eval() for _ in range(3)]
     for gpt in gpts:
         torch.nn.init.normal_(gpt.lm_head.weight, std=0.4)
-    eot, greedy = torch.randn(32), Sampling(temperature=0, repetition_penalty=1)
+    eot_row, prompts = torch.randn(32), [[1, 2, 3], [4]]
 
     @torch.no_grad()
-    def by_hand(tokens, a):
+    def by_hand(tokens):
         for _ in range(8):
-            at_base = base(base.wte(tokens), eot_row=eot)[0, -1]
+            z = base(base.wte(tokens), eot_row=eot_row)[0, -1]
             wish, avoid = (gpt(gpt.wte(tokens))[0, -1] for gpt in (expert, anti))
-            falling, likely = at_base.softmax(-1).sort(descending=True)
+            falling, likely = z.softmax(-1).sort(descending=True)
             likely = likely[: (falling.cumsum(0) < 0.9).sum() + 1]
-            token = likely[(at_base + a * (wish - avoid))[likely].argmax()]
+            token = likely[(z + a * (wish - avoid))[likely].argmax()]
             tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
         return tokens[0, -8:].tolist()
 
-    prompts = [[1, 2, 3], [4]]
-    texts = [evaluation.DExperts(gpts, a, 0.9).generate(prompts, 8, greedy, eot=eot) for a in (1.0, -1.0)]
-    assert texts == [[by_hand(torch.tensor([p]), a) for p in prompts] for a in (1.0, -1.0)]
-    assert texts[0] != texts[1]
+    readers = [Reader(base, prompts, 8, eot_row=eot_row), *([Reader(gpt, prompts, 8)] for gpt in gpts[1:])]
+    greedy = Sampling(temperature=0, repetition_penalty=1)
+    rows = decode(dexperts_logits(*readers, a, 0.9), 8, greedy)
+    assert rows == [by_hand(torch.tensor([prompt])) for prompt in prompts]
 
 
 # ---- every task, on the toy ----
@@ -188,8 +192,9 @@ CONTROL = "eval.py config/small.py --task control --results"
 
 @pytest.fixture(scope="module")
 def evaluated(project, judge_lm):
-    """The project in which every task has run, and what they printed, with judges that the probes know
-    nothing of; in killed/, one task was killed and run again.
+    """The project after every task has run, and what they printed, with judges on other texts than the probes'.
+
+    In killed/, one task was killed and run again.
     """
     shutil.copytree(judge_lm, project / "judge_lm", dirs_exist_ok=True)
     (project / "config/small.py").write_text(SIZES)
@@ -243,7 +248,7 @@ def test_the_tables_tell_what_the_method_promises(evaluated):
 
 
 def test_a_killed_evaluation_continues_to_the_same_results(evaluated):
-    """But for the seconds that it took."""
+    """Except for the seconds that it took."""
     project, _ = evaluated
     whole, killed = ((project / f"{folder}/control.jsonl").read_text() for folder in ("results", "killed"))
     assert re.sub(r'"seconds": [\d.e-]+', "", killed) == re.sub(r'"seconds": [\d.e-]+', "", whole)
