@@ -1,15 +1,12 @@
 """Draws the README's pictures into assets/, from the repository's root: python assets/figures.py
 
-No data is needed: overview.png is only drawn; noise.png and guidance.png are of mixtures of Gaussians, whose
-best denoiser is known in closed form, soft_prompt.png and watch.png of the model in pretrained/reviews.
+No data is needed: they show the model in pretrained/reviews, or Gaussians, whose best denoiser is a formula.
 """
 
 import sys
-import textwrap
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, ".")
@@ -26,21 +23,19 @@ plt.rcParams.update({"figure.labelsize": 9.5, "xtick.major.size": 0, "ytick.majo
 
 def overview():
     """The method in one drawing, in pixels. A network has the colour of the stage that trains it."""
-    fig, ax = plt.subplots(figsize=(10, 420 / 110), subplot_kw={"xlim": (0, 1100), "ylim": (420, 0)})
-    fig.set_layout_engine("none")
-    ax.set_position((0, 0, 1, 1))
+    plt.figure(figsize=(10, 420 / 110)).set_layout_engine("none")
+    ax, middle = plt.axes((0, 0, 1, 1), xlim=(0, 1100), ylim=(420, 0)), {"ha": "center", "va": "center"}
     ax.axis("off")
-    middle = {"ha": "center", "va": "center"}
-    for x, y, width, height, colour, name, stage in (
-        (427, 310, 489, 94, BLUE, "decoder: says it", "stage 1: decoder, prompt generator"),
-        (355, 92, 353, 148, GREEN, "diffusion: proposes what to say in 4 steps", "stage 2: diffusion"),
-        (405, 14, 252, 44, ORANGE, "linear probe:  p(negative | $x$)", "stage 3: linear probe"),
-        (158, 146, 94, 44, GREY, "sentence\nencoder", "frozen: sentence encoder"),
-        (580, 258, 360, 34, BLUE, "prompt generator: turns it into 8 soft tokens", None),
+    for x, y, width, height, text_x, colour, name, stage in (
+        (427, 308, 489, 96, 502, BLUE, "decoder: says it", "stage 1: decoder, prompt generator"),
+        (355, 90, 353, 150, 531, GREEN, "diffusion: proposes what to say in 4 steps", "stage 2: diffusion"),
+        (405, 12, 252, 46, 531, ORANGE, "linear probe:  p(negative | $x$)", "stage 3: linear probe"),
+        (158, 144, 94, 48, 205, GREY, "sentence\nencoder", "never: sentence encoder (frozen)"),
+        (580, 258, 360, 34, 760, BLUE, "prompt generator: turns it into 8 soft tokens", None),
     ):
         style = {"boxstyle": "round,pad=0,rounding_size=9", "fc": (colour, 0.15), "ec": colour, "lw": 1.6}
         ax.add_patch(FancyBboxPatch((x, y), width, height, label=stage, **style))
-        ax.text(x + width / 2, y + min(height / 2, 22), name, **middle)
+        ax.text(text_x, y + min(height / 2, 24), name, **middle)
     ax.legend(title="Trained in", fontsize=8.5, title_fontsize=8.5, alignment="left", loc="upper right")
 
     cells = [(70, 148, 114, "The food was", GREY), (1020, 350, 144, "cold, and the\nservice was slow.", BLUE)]
@@ -50,31 +45,26 @@ def overview():
     ax.bar_label(ax.bar(x, 40, width, y, color=colours, alpha=0.5), words, label_type="center")
     ax.text(70, 133, "prefix", **middle)
     ax.text(1020, 335, "continuation", **middle)
-    ax.text(305, 36, "--guide negative", color=ORANGE, **middle)
-    ax.text(651, 76, "its gradient pushes every step", color=ORANGE, **middle)
-
+    ax.text(305, 35, "--guide negative", color=ORANGE, **middle)
+    ax.text(658, 75, "its gradient pushes every step", color=ORANGE, **middle)
     embeddings(ax)
-    arrows = [((128, 168), (156, 168)), ((253, 168), (284, 168)), ((315, 168), (353, 168))]
+
+    arrows = [((128, 168), (156, 168)), ((253, 168), (295, 168)), ((325, 168), (353, 168))]
     arrows += [((415 + 90 * i, 168), (475 + 90 * i, 168)) for i in range(4)]
     arrows += [((760, 232), (760, 256)), ((760, 293), (760, 348)), ((917, 370), (946, 370))]
-    arrows += [((70, 189), (425, 370)), ((376, 36), (403, 36)), ((531, 59), (531, 90))]
-    for start, end in arrows:
+    for start, end in [*arrows, ((70, 189), (425, 370)), ((376, 35), (403, 35)), ((531, 59), (531, 88))]:
         bend = "angle,angleA=90,angleB=0" if start[0] == 70 else "arc3"
         style = {"arrowstyle": "-|>", "connectionstyle": bend, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", end, start, arrowprops=style | {"color": ORANGE if end[1] < 100 else "black"})
 
 
 def embeddings(ax):
-    """Columns of 8 numbers: the prefix's, and those from noise to proposal."""
-    x_pref, x, eps = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
-    signal = torch.linspace(0, 1, 5)[:, None]
-    columns = [x_pref, *(signal.sqrt() * x + (1 - signal).sqrt() * eps)]
-    colours = [GREY, *LinearSegmentedColormap.from_list("", [GREY, GREEN])(signal.flatten())]
-    labels = r"$x_\mathrm{pref}$", "noise", "", "less noise", "", "proposal $x$"
-    for middle, numbers, colour, label in zip((300, 400, 490, 580, 670, 760), columns, colours, labels):
-        shades = LinearSegmentedColormap.from_list("", ["white", colour])
-        edges = (middle - 12, middle + 12), torch.linspace(132, 204, 9)
-        ax.pcolormesh(*edges, numbers[:, None], cmap=shades, vmin=-2, vmax=2, ec=colour, lw=0.5)
+    """Columns of 8 numbers, light or dark: the prefix's, then noise, which gives way to the proposal."""
+    x_pref, noise, x = 0.2 + 0.8 * torch.rand(3, 8, generator=torch.Generator().manual_seed(5))
+    for i, label in enumerate((r"$x_\mathrm{pref}$", "noise", "", "less noise", "", "proposal $x$")):
+        middle, share = 310 + 90 * i, max(0, i - 1) / 4
+        for colour, shades in ((GREY, (noise if i else x_pref) * (1 - share)), (GREEN, x * share)):
+            ax.bar(middle, 9, 24, range(132, 204, 9), color=[(colour, shade) for shade in shades.tolist()])
         ax.text(middle, 221, label, ha="center", va="center")
 
 
@@ -105,13 +95,13 @@ def noise():
     t = torch.linspace(0.0002, 0.9998, 4999, dtype=torch.float64)
     fig, axes = plt.subplots(1, 3, figsize=(11.4, 3.6))
     axes[0].plot(levels, torch.cat(nano.alpha_sigma(levels), 1) ** 2, label=["α²: signal", "σ²: noise"])
-    for label, scale in (("paper's sampler: cosine", 1), ("stage 1: cosine + 2 ln 3", noise_scale)):
-        log_snr = nano.cosine_log_snr(t, scale)
-        axes[1].plot(log_snr, -torch.gradient(t, spacing=(log_snr,))[0], label=label)  # dt / dlambda
+    for name, c in (("paper's sampler: cosine", 1), (f"stage 1: cosine + 2 ln {noise_scale:g}", noise_scale)):
+        log_snr = nano.cosine_log_snr(t, c)
+        axes[1].plot(log_snr, -torch.gradient(t, spacing=(log_snr,))[0], label=name)  # dt / dlambda
     axes[1].plot(levels, bins.value / bins.value.sum() / 0.3, label="stage 2: follows weight × error")
     axes[2].plot(levels, nano.loss_weight(levels), label="weight φ")
-    least = [error(level.expand(1000)).mean() for level in levels]
-    axes[2].plot(levels, least, c=GREY, label="smallest possible error of v")
+    errors = [error(level.expand(1000)).mean() for level in levels]
+    axes[2].plot(levels, errors, c=GREY, label="error of the best denoiser")
     axes[2].plot(levels, bins.value, c=GREEN, label="weight × error, as NoiseBins finds it")
     titles = "Signal and noise in z = α x + σ ε", "How often each level is used", "What NoiseBins measures"
     for ax, title, top in zip(axes, titles, (1.5, 0.24, 1.5)):
@@ -157,33 +147,25 @@ def guidance():
         ax.plot(*paths[:, -1].T, "ko", mfc=colour, ms=6)
         ax.axline((0, 0), slope=-slope[0] / slope[1], color="black", ls="--")
         ax.set(title=title, xlim=(-2.45, 2.45), ylim=(-2.45, 2.45), xticks=[], yticks=[])
-    fig.supxlabel("○ noise → ● sample: paths of z from the same 15 starts.   Dashed: p(y | x) = 1/2")
+    fig.supxlabel("○ noise → ● sample: z from the same 15 starts.   Dashed: the probe's p(y | x) = 1/2")
 
 
 def watch():
     """One sentence through the sampler under two guides: what sample.py --watch prints, and the text."""
+    start, likeliest, steps = "This film", nano.Sampling(temperature=0), []
     frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 2, figsize=(11.4, 4.2), width_ratios=(1, 9), subplot_kw=frame)
-    watch_guide(*axes[0], "This film", "negative", ORANGE)
-    watch_guide(*axes[1], "This film", "positive", BLUE)
-
-
-def watch_guide(left, right, prefix, guide, colour):
-    ((probe, label, _),) = nano.parse_guide(guide, MODEL.probes)
-    steps, lines, likeliest = [], [], nano.Sampling(temperature=0)
-    ((text, _),) = MODEL.generate([prefix], guide, on_step=lambda *step: steps.append(step))
-    for y, (_, _, e) in enumerate(steps):
-        p = probe.log_prob(e[0])[label].exp().item()
-        left.bar_label(left.barh(y, p, color=colour), [f"{p:.2f}"], padding=2)
-        lines += MODEL.write([prefix], e, 32, likeliest, torch.Generator().manual_seed(1338))
-
-    for y, line in enumerate([*lines, text]):
-        weight = "bold" if y == len(lines) else "normal"
-        right.text(0, y, textwrap.shorten(prefix + line, 130, placeholder=" …"), va="center", weight=weight)
-    levels = [f"λ = {log_snr:.0f}".replace("-", "−") for _, log_snr, _ in steps]
-    left.set_yticks(range(5), [*levels, "written"])
-    left.set_title(f"p({guide})")
-    right.set_title(f"--guide {guide}: the decoder's likeliest words for each step's prediction")
+    for (ax, ax_words), guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
+        ((probe, label, _),) = nano.parse_guide(guide, MODEL.probes)
+        ((text, _),) = MODEL.generate([start], guide, on_step=lambda *step: steps.append(step))
+        for y, (prefixes, _, e) in enumerate(steps[-4:]):
+            ax.bar_label(ax.barh(y, probe.log_prob(e)[0, label].exp(), color=colour), fmt="%.2f", padding=2)
+            (words,) = MODEL.write(prefixes, e, 32, likeliest, torch.Generator().manual_seed(1338))
+            ax_words.text(0, y, start + words, va="center", size=9.5)
+        ax_words.text(0, 4, start + text, va="center", size=9.5, weight="bold")
+        ax.set_yticks(range(5), [*(f"λ = {log_snr:.0f}" for _, log_snr, _ in steps[-4:]), "written"])
+        ax.set_title(f"p({guide})")
+        ax_words.set_title(f"--guide {guide}: the decoder's likeliest words for each step's prediction")
 
 
 def soft_prompt():
@@ -205,15 +187,10 @@ def soft_prompt():
     ax.plot((gap[0] - 0.45, gap[-1] + 0.45), (1.15, 1.15), color=GREY)
     ax.text((gap[0] + gap[-1]) / 2, 1.3, "no loss: the next token is a soft one", ha="center", color=GREY)
 
-    notes = (
-        "prefix tokens never\nsee the soft tokens",
-        "the prompt generator's soft tokens, from z = α x + σ ε and α²:\n"
-        "the last one predicts the first word of the continuation",
-        "continuation tokens see\neverything to their left",
-    )
-    ax.set_xticks((1, 6.5, 14), notes)
+    soft = "soft tokens = generator(z, α²): the last one predicts\nthe first word of the continuation"
+    notes = "prefix tokens never\nsee the soft tokens", soft, "the continuation sees\neverything to its left"
     title = "The decoder reads from left to right. Above each box: the next token, which it learns to predict"
-    ax.set(xlim=(-0.5, 17.6), ylim=(-0.1, 2.3), title=title)
+    ax.set(xlim=(-0.5, 17.6), ylim=(-0.1, 2.3), title=title, xticks=(1, 6.5, 14), xticklabels=notes)
 
 
 if __name__ == "__main__":

@@ -5,43 +5,56 @@ import re
 
 from plumbing.files import write_file
 
+SHARES = {"share": "share of texts with the attribute", "both": "share of texts with both attributes"}
+
 
 def plot(table, y, path):
-    """Draws the figure y (by default each row's first) against corpus perplexity, a panel for each attribute.
+    """Draws the figure y (by default the first) against corpus perplexity, a panel for each attribute.
 
     table: {row: {figure: (mean, error)}}. Rows that differ only in their last number, such as `weight 20` and
-    `weight 80`, make a curve; the others are points.
+    `weight 80`, make a curve, whose points grow from the first to the last.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return print("no picture: that needs matplotlib (pip install matplotlib)")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    panels, curves = {}, {}  # {attribute: {curve: [(number, perplexity, y), ...]}}, {curve: its colour}
+    y = y or next(iter(next(iter(table.values()))))
+    panels, legend = curves_of(table, y)
+    columns = min(4, len(panels))
+    lines, width = -(-len(panels) // columns), 10 if columns > 1 else 6.5  # inches
+    fig = Figure((width, lines * (0.8 + 0.6 * width / columns)), layout="constrained")
+    axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    handles = {}
+    for ax, (panel, curves) in zip(axes, panels.items()):
+        ax.set_title(panel, fontsize=10)
+        ax.tick_params(labelbottom=True, labelsize=8)
+        ax.grid(color="0.92")
+        for name, points in curves.items():
+            x, heights = zip(*points)
+            index = list(legend).index(name)
+            style = {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
+            (handles[name],) = ax.plot(x, heights, linewidth=1.2, markersize=3, **style)
+            ax.scatter(x, heights, [14 + 16 * i for i in range(len(x))], zorder=3, **style)
+    if y in SHARES:
+        axes[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    fig.supxlabel("corpus perplexity", fontsize=9)
+    fig.supylabel(SHARES.get(y, y), fontsize=9)
+    options = {"ncols": min(5, 2 * columns), "fontsize": 9, "frameon": False}
+    fig.legend([handles[name] for name in legend], legend.values(), loc="outside upper center", **options)
+    write_file(path, lambda f: fig.savefig(f, format="png", dpi=150))
+
+
+def curves_of(table, y):
+    """-> {attribute: {curve: [(perplexity, y), ...]}}, {curve: its name and numbers}."""
+    panels, numbers = {}, {}
     for row, figures in table.items():
         panel, _, way = row.rpartition(": ")
         name, number = re.fullmatch(r"(.*?) ?([\d.]*)", way).groups()
-        height = y or next(iter(figures))
-        if height in figures:
-            point = number, figures["corpus perplexity"][0], figures[height][0]
-            panels.setdefault(panel, {}).setdefault(name, []).append(point)
-            curves.setdefault(name, f"C{len(curves)}")
-
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (10, 0.8 + 2.4 * lines) if columns > 1 else (6, 4.5)
-    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, (panel, each) in zip(axes.flat, panels.items()):
-        ax.axis("on")
-        ax.set_title(panel, fontsize=10)
-        for name, points in each.items():
-            numbers, x, heights = zip(*points)
-            ax.plot(x, heights, "o-", color=curves[name], markersize=4)
-            for number, *place in zip(numbers, x, heights):
-                ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=7)
-    fig.supxlabel("corpus perplexity", fontsize=10)
-    fig.supylabel(y or "share of texts", fontsize=10)
-    handles = [plt.Line2D([], [], color=colour, marker="o", markersize=4) for colour in curves.values()]
-    fig.legend(handles, curves, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
-    write_file(path, lambda f: fig.savefig(f, format="png", dpi=100))
+        if y in figures:
+            curves = panels.setdefault(panel, {})
+            unguided = curves.get(name.removeprefix("network, "), [])[:1]  # both ways to guide begin there
+            curves.setdefault(name, unguided).append((figures["corpus perplexity"][0], figures[y][0]))
+            numbers.setdefault(name, {})[number] = None
+    return panels, {name: f"{name} {', '.join(found)}" for name, found in numbers.items()}

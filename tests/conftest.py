@@ -26,28 +26,34 @@ settings.load_profile("nanodglm")
 
 # the toy in a smaller size: python train_decoder.py config/toy.py config/tiny.py
 TINY = """
-prepare = {"max_documents": 700, "val_every": 10}
+prepare = {"max_documents": 600, "val_every": 10}
 train_decoder = {
     "n_layer": 2,
+    "n_embd": 64,
+    "generator_width": 64,
+    "generator_layers": 1,
     "batch_size": 32,
-    "muon": 0.02,
+    "learning_rate": 4e-3,
     "warmup_iters": 20,
-    "max_iters": 120,
-    "eval_interval": 120,
+    "max_iters": 450,
+    "eval_interval": 450,
     "eval_rows": 64,
 }
 train_diffusion = {
-    "diffusion_tokens": 16,
-    "batch_size": 32,
-    "muon": 0.02,
+    "width": 64,
+    "layers": 2,
+    "diffusion_tokens": 8,
+    "batch_size": 64,
+    "learning_rate": 5e-3,
     "warmup_iters": 20,
-    "max_iters": 150,
-    "eval_interval": 150,
+    "max_iters": 400,
+    "eval_interval": 400,
     "eval_rows": 64,
+    "ema_decay": 0.98,
 }
 """
 TOY = "config/toy.py config/tiny.py"
-SHORT = f"{TOY} --batch_size=16 --max_iters=20 --eval_interval=10 --eval_rows=32"
+SHORT = f"{TOY} --warmup_iters=100 --batch_size=16 --max_iters=20 --eval_interval=10 --eval_rows=32"
 TRAININGS = {name: f"train_{name}.py {SHORT}" for name in ("decoder", "diffusion")}
 
 
@@ -75,8 +81,15 @@ for command in sys.argv[1:]:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
-        print("exit status", e.code)
+        print("exit status", e.code, "of", command, file=sys.stderr)
 """
+
+
+def in_one(commands, cwd, **env):
+    """`python COMMAND` of each, in one process; their standard output and standard error."""
+    arguments = [sys.executable, "-c", IN_ONE, *commands]
+    done = subprocess.run(arguments, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    return done.stdout, done.stderr
 
 
 def load_script(project, script):
@@ -131,6 +144,19 @@ def digest(folder, ignore=()):
     files = [f for f in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(f)]
     files = [f for f in files if not f.endswith(tuple(ignore))]
     return {os.path.relpath(f, folder): hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files}
+
+
+# ---- damage ----
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_the_tail(path):
+    os.truncate(path, path.stat().st_size // 2)
 
 
 # ---- projects ----

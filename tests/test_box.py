@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, copy_scripts, python
 
 from model import DGLM
-from storage import load_weights
+from plumbing.files import load_weights
 
 BOX = f"{ROOT}/pretrained/reviews"
 ENGLISH = f"{ROOT}/pretrained/english"

@@ -1,4 +1,4 @@
-"""Configuration. Run: python -m pytest tests/test_configurator.py"""
+"""Configuration. Run: python -m pytest tests/test_config.py"""
 
 import glob
 import pathlib
@@ -8,7 +8,7 @@ from conftest import ROOT, load_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import SCRIPTS, InputError, declared, parse_arguments, read_config, run
+from plumbing.config import SCRIPTS, InputError, declared, parse_arguments, read_config, run
 
 DEFAULTS = {"batch_size": 64, "learning_rate": 1e-3, "compile": False, "prefix": ""}
 

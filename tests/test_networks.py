@@ -19,9 +19,8 @@ from model import (
     PromptGenerator,
     Sampling,
     attend,
-    insert,
-    pick,
 )
+from plumbing.decoding import insert, pick
 
 SIZES = {"vocab_size": 97, "n_positions": 64, "n_layer": 3, "n_head": 4, "n_embd": 64}
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -92,23 +91,23 @@ def test_greedy_text_of_a_padded_batch_is_that_of_transformers_one_by_one(pair, 
             assert penalise(new, logits).argmax().item() == token
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, first):
+@pytest.mark.parametrize("soft_first", [False, True])
+def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, soft_first):
     """With a soft prompt at the end of prompts of several lengths, or in front of them."""
     _, gpt = pair
     prompts, soft = [[5, 6, 7, 8], [], [10, 11]], torch.randn(3, 4, gpt.config.n_embd)
-    rows = gpt.generate(prompts, 10, GREEDY, soft, first=first)
+    rows = gpt.generate(prompts, 10, GREEDY, soft_prompt=soft, soft_first=soft_first)
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         with torch.no_grad():
             tokens = torch.tensor([prompt + row])
-            h = insert(gpt.wte(tokens), soft[i : i + 1], torch.tensor([0 if first else len(prompt)]))
+            h = insert(gpt.wte(tokens), soft[i : i + 1], torch.tensor([0 if soft_first else len(prompt)]))
             guess = gpt(h).argmax(-1)[0]
         assert guess[len(prompt) + 3 : -1].tolist() == row
 
 
 def test_without_a_prefix_all_the_room_is_for_the_text():
     gpt = GPT(GPTConfig(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16))
-    (row,) = gpt.generate([[]], 28, GREEDY, torch.randn(1, 4, 16))
+    (row,) = gpt.generate([[]], 28, GREEDY, soft_prompt=torch.randn(1, 4, 16))
     assert len(row) == 28
 
 
@@ -162,8 +161,8 @@ def small_decoder(frozen=False):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_decoder_loss_counts_each_real_token_that_something_precedes(frozen):
-    """The one after the window too, but none of a prefix that has the soft prompt in front of it. Against the
-    same cross-entropy written out row by row.
+    """Including the one after the window, excluding a prefix with the soft prompt in front of it. The
+    reference is the cross-entropy written out row by row.
     """
     decoder = small_decoder(frozen)
     tokens, length, split = torch.randint(0, 97, (3, 21)), torch.tensor([20, 11, 6]), torch.tensor([9, 0, 5])
@@ -208,7 +207,7 @@ def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
     decoder = Decoder(GPT(GPTConfig(9, 16, 1, 2, 16)), PromptGenerator(E=8, n_embd=16, d=64, n=1, K=4))
     tokens, length, split = torch.tensor([[1, 5, 6, 6, 2], [3, 4, 7, 0, 0]]), torch.tensor([4, 3]), [1, 2]
     soft_prompt = torch.randn(2, 4, 16)
-    told = []
+    nats = []
     for row, word in ((0, 5), (0, 6), (0, 6), (1, 7)):
         each = [
             {
@@ -217,13 +216,12 @@ def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
             }
             for s in soft_prompt[row]
         ]
-        told.append(-math.log(sum(p[word] / sum(p.values()) for p in each) / 4))
+        nats.append(-math.log(sum(p[word] / sum(p.values()) for p in each) / 4))
     ours = decoder.name_words(tokens, length, torch.tensor(split), soft_prompt)
-    assert ours.item() == pytest.approx(sum(told) / 4, abs=1e-5)
+    assert ours.item() == pytest.approx(sum(nats) / 4, abs=1e-5)
 
 
-def test_what_is_added_to_the_row_of_the_end_ends_texts_or_never_does():
-    """It is a change of the last row of the output layer; writing draws the end accordingly."""
+def test_eot_row_changes_the_last_row_of_the_output_layer_and_so_when_texts_end():
     torch.manual_seed(0)
     sizes = dict(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16)
     gpt, untied, row = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False)), torch.randn(16)
@@ -234,13 +232,13 @@ def test_what_is_added_to_the_row_of_the_end_ends_texts_or_never_does():
     torch.testing.assert_close(gpt(h, eot_row=row), untied(h))
 
     gpt.ln_f.bias.data += 1  # so that the sign of the row decides
-    for eot, ended in ((torch.full((16,), 9.0), True), (torch.full((16,), -9.0), False)):
-        (written,) = gpt.generate([[1, 2]], 20, Sampling(), stop=8, eot=eot)
+    for eot_row, ended in ((torch.full((16,), 9.0), True), (torch.full((16,), -9.0), False)):
+        (written,) = gpt.generate([[1, 2]], 20, Sampling(), stop=8, eot_row=eot_row)
         assert (written == []) == ended and (ended or len(written) == 20)
 
 
 def test_every_weight_learns():
-    """But for the time embedding, behind layers that start at zero."""
+    """Except in the time embedding, which feeds layers that start at zero."""
     torch.manual_seed(0)
     tokens, length, split = torch.randint(0, 97, (4, 30)), torch.full((4,), 30), torch.tensor([3, 0, 10, 20])
     x, alpha2, no_prefix = torch.randn(4, 64), torch.rand(4), torch.tensor([True, False, False, False])

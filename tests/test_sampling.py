@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import sample as sampling_script
-from configurator import InputError
-from model import Probe, Sampling, alpha_sigma, parse_guide, predict, sample
+from model import Covariance, Probe, Sampling, alpha_sigma, parse_guide, predict, sample
+from plumbing.config import InputError
 
 
 def gaussian(mean, cov):
@@ -42,27 +42,51 @@ def mixture(means, deviation, shares):
 
 
 WAYS = "network", "estimate"  # in which the gradient of a guide comes to z_t
+UNIT = Covariance(torch.ones(2), torch.eye(2))  # of N(0, I) in the plane
+PAPER = {"sampler": "ddpm", "steps": 250}
 
 
-UNIT = torch.ones(2), torch.eye(2)  # the spread of N(0, 1) in the plane: its variances and axes
-
-
-def draw(denoiser, n, guides=(), way="estimate", spread=UNIT, seed=0, sampler="ddpm", steps=250):
-    """n samples in the plane."""
-    no_prefix = torch.zeros(n, dtype=torch.bool)
-    sampling = Sampling(steps, sampler, cfg_scale=1, guide_through=way)
+def draw(denoiser, n, guides=(), covariance=UNIT, seed=0, **options):
+    """n samples in the plane; options: of `Sampling`, whose default sampler and steps hold otherwise."""
+    no_prefix, sampling = torch.zeros(n, dtype=torch.bool), Sampling(cfg_scale=1, **options)
     generator = torch.Generator().manual_seed(seed)
-    return sample(denoiser, torch.zeros(n, 2), no_prefix, sampling, guides, spread, 32, generator)
+    return sample(denoiser, torch.zeros(n, 2), no_prefix, sampling, guides, covariance, generator)
+
+
+@pytest.mark.parametrize(
+    "options, share",
+    [({}, 0.781), ({"steps": 10}, 0.970), ({"steps": 20}, 0.978), (PAPER, 0.986)],
+    ids=["default", "10 steps", "20 steps", "paper"],
+)
+def test_few_steps_keep_less_of_the_variance(options, share):
+    """Of data N(0, I), whose ideal x is alpha z_t. The 4 default steps lose a fifth."""
+    x = draw(gaussian(torch.zeros(2), torch.eye(2)), 40_000, **options)
+    torch.testing.assert_close(x.mean(0), torch.zeros(2), atol=0.02, rtol=0)
+    assert x.var(0).mean().item() == pytest.approx(share, abs=0.015)
+
+
+def test_the_default_sampler_is_its_recursion_written_out():
+    """Algorithm 2 of DPM-Solver++ from -2 to 1 in steps of 1 of lambda = log(alpha / sigma). For data
+    N(0, I), x is alpha z.
+    """
+    z, before = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), None
+    for half in (-2, -1, 0, 1):
+        alpha, sigma = (1 / math.sqrt(1 + math.exp(-2 * sign * half)) for sign in (1, -1))
+        alpha_next, sigma_next = (1 / math.sqrt(1 + math.exp(-2 * sign * (half + 1))) for sign in (1, -1))
+        x = alpha * z
+        ahead = x if before is None else 1.5 * x - 0.5 * before
+        z, before = sigma_next / sigma * z - alpha_next * math.expm1(-1) * ahead, x
+    torch.testing.assert_close(draw(gaussian(torch.zeros(2), torch.eye(2)), 9), x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250), ("dpm++", 250), ("dpm++", 20)])
 def test_samplers_recover_a_gaussian(sampler, steps):
-    """But dpm++ begins at log_snr -4 with plain noise, so that alpha mean is missing there: carried to the
-    end, a share alpha sqrt(C / (alpha^2 C + sigma^2)) of the mean, 16 % and 4 % along the axes. It ends at
-    E[x | z_t] of the last level but one, which narrows the narrow axis a little.
+    """dpm++ begins at log_snr -4 with plain noise, so alpha mean is missing there. At the end that is a share
+    alpha sqrt(C / (alpha^2 C + sigma^2)) of the mean, 16 % and 4 % along the axes. The samples are E[x | z_t]
+    of the second to last level, which narrows the narrow axis a little.
     """
     mean, cov = torch.tensor([1.0, -0.5]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])
-    x = draw(gaussian(mean, cov), 40_000, sampler=sampler, steps=steps)
+    x = draw(gaussian(mean, cov), 20_000, sampler=sampler, steps=steps)
     if sampler == "dpm++":
         alpha, sigma = alpha_sigma(torch.tensor(-4.0))
         variance, axes = torch.linalg.eigh(cov)
@@ -85,7 +109,9 @@ def shares(request):
     denoiser, found = mixture(means, deviation, [0.5, 0.5]), {}
     for weight in (0.0, 0.5, 1.0, 2.0, 5.0):
         guides = [(log_p_right, weight)] if weight else []
-        x = draw(denoiser, n, guides, request.param, (torch.tensor([1.25, 0.25]), torch.eye(2)), 1, steps=100)
+        covariance = Covariance(torch.tensor([1.25, 0.25]), torch.eye(2))
+        options = {"sampler": "ddpm", "steps": 100, "guide_through": request.param}
+        x = draw(denoiser, n, guides, covariance, seed=1, **options)
         found[weight] = (x[:, 0] > 0).float().mean().item()
     x = torch.tensor(means)[torch.arange(n * 50) % 2] + deviation * torch.randn(n * 50, 2)
     p = log_p_right(x).exp()
@@ -111,16 +137,17 @@ def test_guidance_moves_with_the_weight(shares):
 def test_guides_add_and_log_linear_ones_shift_the_mean(way):
     """For p(y | x) = exp(a x), which has no bound but is exact, the posterior of N(0, 1) is N(a, 1)."""
     guides = [(lambda x: x[..., 0], 1.0), (lambda x: -0.5 * x[..., 1], 2.0)]
-    x = draw(gaussian(torch.zeros(2), torch.eye(2)), 20_000, guides, way, steps=125)
+    options = {"sampler": "ddpm", "steps": 125, "guide_through": way}
+    x = draw(gaussian(torch.zeros(2), torch.eye(2)), 8000, guides, **options)
     torch.testing.assert_close(x.mean(0), torch.tensor([1.0, -1.0]), atol=0.05, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(2), atol=0.05, rtol=0)
 
 
-def guided(denoiser, z, log_snr, guides, way, spread=UNIT, points=32):
+def guided(denoiser, z, log_snr, guides, way, covariance=UNIT, points=32):
     """-> x and eps of one prediction at z (B, 2)."""
     nothing = torch.zeros(len(z), 2), torch.zeros(len(z), dtype=torch.bool)
     sampling, rng = Sampling(cfg_scale=1, guide_through=way), torch.Generator().manual_seed(0)
-    x, eps = predict(denoiser, z, log_snr.expand(len(z)), *nothing, sampling, guides, spread, points, rng)
+    x, eps = predict(denoiser, z, log_snr.expand(len(z)), *nothing, sampling, guides, covariance, rng, points)
     assert not x.requires_grad and not eps.requires_grad  # no graph grows from step to step
     return x, eps
 
@@ -137,7 +164,7 @@ def test_a_guided_mean_is_the_posterior_mean_of_gaussian_data(way, log_snr, narr
     C = axes * variances @ axes.T
     denoiser, guides = gaussian(torch.tensor([0.5, -1.0]), C), [(lambda x: x @ slope, 1.0)]
     x, _ = guided(denoiser, z, log_snr, [], way)
-    found, _ = guided(denoiser, z, log_snr, guides, way, (variances, axes))
+    found, _ = guided(denoiser, z, log_snr, guides, way, Covariance(variances, axes))
     alpha2, sigma2 = log_snr.sigmoid(), (-log_snr).sigmoid()
     moved = sigma2 * C @ torch.linalg.inv(alpha2 * C + sigma2 * torch.eye(2)) @ slope
     torch.testing.assert_close(found, x + moved, atol=1e-3, rtol=1e-3)
@@ -151,7 +178,7 @@ def test_at_the_estimate_that_holds_for_probes_of_any_shape(log_snr):
     C = axes * variances @ axes.T
     denoiser, guides = gaussian(torch.tensor([0.5, -1.0]), C), [(lambda x: -((x @ a - 1) ** 2) / 2, 1.0)]
     x, _ = guided(denoiser, z, log_snr, [], "estimate")
-    found, _ = guided(denoiser, z, log_snr, guides, "estimate", (variances, axes), points=200_000)
+    found, _ = guided(denoiser, z, log_snr, guides, "estimate", Covariance(variances, axes), points=200_000)
     alpha2, sigma2 = log_snr.sigmoid(), (-log_snr).sigmoid()
     cov = sigma2 * C @ torch.linalg.inv(alpha2 * C + sigma2 * torch.eye(2))
     torch.testing.assert_close(found, x + cov @ a * (1 - x @ a) / (1 + a @ cov @ a), atol=0.02, rtol=0)
@@ -188,7 +215,7 @@ def test_classifier_free_guidance_extrapolates_from_the_null_vector():
         torch.tensor([[2.0], [3.0]]),
         torch.tensor([False, True]),
     )
-    x, _ = predict(denoiser, *args, Sampling(cfg_scale=2.5), [], None, 0, None)  # x = -sigma v at z = 0
+    x, _ = predict(denoiser, *args, Sampling(cfg_scale=2.5), [], None, None)  # x = -sigma v at z = 0
     expected = torch.tensor([[2.5 * 2 - 1.5 * -1], [-1.0]])
     torch.testing.assert_close(x, -math.sqrt(0.5) * expected)
 
@@ -227,7 +254,7 @@ def test_guides_are_read_with_and_without_weights():
         (",", "no probe has a class ''"),
     ],
 )
-def test_a_guide_that_cannot_be_meant_is_refused(text, message):
+def test_a_guide_that_makes_no_sense_is_refused(text, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         parse_guide(text, PROBES)
 

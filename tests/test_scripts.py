@@ -2,23 +2,30 @@
 
 import json
 import math
-import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import IN_ONE, TRAININGS, copy_scripts, digest, kill_when, load_script, python, side_by_side
+from conftest import (
+    TOY,
+    TRAININGS,
+    copy_scripts,
+    cut_the_tail,
+    digest,
+    flip_a_bit,
+    in_one,
+    kill_when,
+    run_here,
+)
 
-from configurator import run
-from model import DGLM, configure_optimizers
-from prepare import judge_text
-from storage import Data, load_weights, read_rows, save_weights
+from model import DGLM
+from plumbing.data import Data
+from plumbing.files import load_weights, read_rows, save_weights
+from plumbing.optim import configure_optimizers
+from plumbing.toy import grade_text
 
 GUIDES = ("sentiment=negative", "positive", "negative:20,food:40")
 
@@ -28,28 +35,29 @@ def steered(project):
     """{guide: the rows that sample.py writes} from neutral prefixes."""
     options = "--prefix FILE:data/toy/prefixes.txt --num_samples 2 --max_new_tokens 40 --seed 5"
     command = f"sample.py config/toy.py {options} --guide"
-    side_by_side([f"{command} {guide} --out {guide}.jsonl" for guide in GUIDES], project)
+    for guide in GUIDES:
+        run_here(project, f"{command} {guide} --out {guide}.jsonl")
     return {guide: list(read_rows(f"{project}/{guide}.jsonl")) for guide in GUIDES}
 
 
 def test_guidance_steers_the_text_by_the_grammars_own_truth(steered):
-    """The probes that guide do not judge."""
+    """The probes that guide do not grade."""
     share = {}
     for guide in ("sentiment=negative", "positive"):
-        verdicts = [judge_text(row["continuation"])[0] for row in steered[guide]]
-        share[guide] = verdicts.count("negative") / len(verdicts)
+        grades = [grade_text(row["continuation"])[0] for row in steered[guide]]
+        share[guide] = grades.count("negative") / len(grades)
     assert share["sentiment=negative"] - share["positive"] > 0.5, share
 
 
 def test_two_guides_steer_together(steered):
     hits = {}
     for guide in ("sentiment=negative", "negative:20,food:40"):
-        verdicts = [judge_text(row["continuation"])[:2] for row in steered[guide]]
-        hits[guide] = verdicts.count(("negative", "food"))
+        grades = [grade_text(row["continuation"])[:2] for row in steered[guide]]
+        hits[guide] = grades.count(("negative", "food"))
     assert hits["negative:20,food:40"] > hits["sentiment=negative"] + 5, hits
 
 
-def test_sample_writes_what_it_promises_and_the_judge_reads_it(project, steered, call):
+def test_sample_writes_what_it_promises_and_the_grammar_grades_it(project, steered, call):
     rows = steered["sentiment=negative"]
     assert len(rows) == 40
     for row in rows:
@@ -57,7 +65,7 @@ def test_sample_writes_what_it_promises_and_the_judge_reads_it(project, steered,
         assert row["guide"] == "sentiment=negative" and row["seed"] == 5
         assert set(row["probes"]) == {"sentiment", "topic"}
         assert sum(row["probes"]["sentiment"].values()) == pytest.approx(1, abs=1e-3)
-    _, table, _ = call(project, "prepare.py --judge sentiment=negative.jsonl")
+    _, table, _ = call(project, "prepare.py --grade sentiment=negative.jsonl")
     assert table[1].split()[:2] == ["sentiment=negative", "40"] and len(table) == 2
 
 
@@ -73,8 +81,8 @@ def test_watching_shows_each_step_and_changes_no_text_but_another_seed_does(proj
     assert len({*text, *other, *paper}) == 6
 
 
-def test_whatever_a_prefix_holds_it_is_text(project):
-    """<|endoftext|> is no token there, and half an emoji no traceback."""
+def test_any_prefix_is_plain_text(project):
+    """<|endoftext|> is not a token there, and half an emoji is not a traceback."""
     hostile = ["<|endoftext|>", "\ud83c emoji 🎬 映画"]
     texts = [text for text, _ in DGLM(f"{project}/out/toy").generate(hostile, max_new_tokens=5)]
     assert len(texts) == 2 and "<|endoftext|>" not in "".join(texts)
@@ -93,40 +101,33 @@ def test_prepare_resumes_to_the_same_bytes(tmp_path, call):
     assert digest(folders[1] / "data") == digest(folders[0] / "data") != {}
 
 
-@pytest.fixture(scope="module")
-def resumed(project, undisturbed):
-    """{name: what it said} of both trainings killed at their first checkpoint and resumed, in out/killed."""
-
-    def kill_and_resume(name):
-        command = f"{TRAININGS[name]} --out_dir=out/killed"
-        kill_when(command, project, (project / f"out/killed/{name}.pt").exists)
-        return python(command, project)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TRAININGS, pool.map(kill_and_resume, TRAININGS)))
+# two optimizers; few steps, since Muon works in bf16, which is slow on many CPUs
+MUON = "--muon=0.02 --max_iters=4 --eval_interval=2"
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_training_resumes_to_the_same_losses_and_weights(project, resumed, name):
-    assert "at step 10 of 20" in resumed[name]
-    metas, weights = zip(*(load_weights(f"{project}/out/{f}", name) for f in ("whole", "killed")))
+@pytest.mark.parametrize("name, options, steps", [("decoder", MUON, "2 of 4"), ("diffusion", "", "10 of 20")])
+def test_a_killed_training_resumes_to_the_same_losses_and_weights(project, call, name, options, steps):
+    """Killed at its first checkpoint."""
+    whole, killed = (f"{TRAININGS[name]} {options} --out_dir=out/{folder}" for folder in ("never", "killed"))
+    kill_when(killed, project, (project / f"out/killed/{name}.pt").exists)
+    assert f"at step {steps}" in "".join(call(project, killed)[1])
+    call(project, whole)
+    metas, weights = zip(*(load_weights(f"{project}/out/{f}", name) for f in ("never", "killed")))
     assert metas[0]["history"] == metas[1]["history"] and len(metas[0]["history"]) == 2
     assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(project, name, monkeypatch):
-    monkeypatch.chdir(project)
-    script, *arguments = TRAININGS[name].split()
-    module, steps = load_script(project, script), iter(range(20))
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(project, name):
+    steps = iter(range(10))
 
     def overflow_in_step_3(net, *rest):
         next(net.parameters()).register_hook(lambda g: g * math.inf if next(steps) == 3 else g)
         return configure_optimizers(net, *rest)
 
-    module.configure_optimizers = overflow_in_step_3
-    run(module.main, vars(module), [*arguments, "--out_dir=out/inf"])
-    meta, weights = load_weights("out/inf", name)
+    command = f"{TRAININGS[name]} --max_iters=10 --eval_interval=5 --out_dir=out/inf"
+    run_here(project, command, configure_optimizers=overflow_in_step_3)
+    meta, weights = load_weights(f"{project}/out/inf", name)
     assert [record["skipped"] for record in meta["history"]] == [1, 0]
     assert all(weight.isfinite().all() for weight in weights.values())
 
@@ -144,14 +145,14 @@ def test_gradient_accumulation_and_processes_see_the_rows_of_one_batch(project, 
     assert rows((3, 64, 1, every)) == rows((3, 64, 1, slice(0, None, 2)), (3, 64, 1, slice(1, None, 2)))
 
 
-def test_guides_know_where_the_data_lie(project, monkeypatch):
-    """Beside its weights a diffusion has its data's covariance; what noise adds in the encoder's dead
-    dimensions, of which MiniLM has three, is no part of a point on the sphere.
+def test_guides_know_the_covariance_of_the_data(project, monkeypatch):
+    """A diffusion is saved with the covariance of its data. On the sphere nothing is left of the noise in the
+    encoder's dead dimensions; MiniLM has three.
     """
     monkeypatch.chdir(project)
     model, data = DGLM("out/toy", "cpu"), Data("toy")
     (x,) = data.rows("train", np.arange(data.size["train"]), ("cont_emb",), "cpu")
-    variance, axes = model.spread
+    variance, axes = model.covariance
     torch.testing.assert_close(axes * variance @ axes.T, x.T.cov(), atol=1e-3, rtol=0)
     dead = x.std(0) < 0.5
     assert dead.sum() == 3 and model.to_sphere(torch.randn(64, 384))[:, dead].abs().max() < 0.01
@@ -172,11 +173,12 @@ FILES = {
     "bad.tiktoken": "no ranks here",
 }
 MINI = "--encoder=all-MiniLM-L6-v2 --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300"
-DECODER = "train_decoder.py config/toy.py --out_dir=out/x"
+DECODER = f"train_decoder.py {TOY} --out_dir=out/x"
 
 BAD = [
     ("sample.py --num_sample=3", "did you mean num_samples?"),
     ("sample.py --steps=0", "steps=0: must be from 1"),
+    ("sample.py --num_samples=0", "num_samples=0: must be above 0"),
     ("sample.py --guide_through=probe", "guide_through: use network or estimate"),
     ("sample.py --sampler=euler", "sampler=euler: use ddpm, ddim or dpm++"),
     ("sample.py --seed=-1", "seed=-1"),
@@ -197,19 +199,19 @@ BAD = [
     (f"prepare.py --dataset=not_json.jsonl {MINI}", "not_json.jsonl as JSON lines, after line 2"),
     ("prepare.py --dataset=blank.txt --tokenizer=bad.tiktoken", "bad.tiktoken is not a tokenizer"),
     (f"prepare.py --dataset=blank.txt {MINI[:-3]}9999", "--vocab_size=9999"),
-    ("prepare.py config/toy.py --block_size=20", "made with other max_documents, block_size"),
+    (f"prepare.py {TOY} --block_size=20", "made with other block_size"),
     ("probes.py", "say --data"),
     ("probes.py --data=mystery", "sentiment, toxicity, topic"),
     ("probes.py --data=one_label.jsonl", "needs two labels or more; found: x"),
     ("probes.py --data=few.jsonl", "only 1 rows with the label 'y'"),
     ("train_decoder.py --dataset=unprepared", "data/unprepared is not prepared: run prepare.py"),
     (f"{DECODER} --init_from=data/toy", "config.json"),
-    (f"{DECODER} --init_from=nowhere.gguf", "cannot read nowhere.gguf"),
-    ("prepare.py --dataset=blank.txt:2,nowhere.txt", "there is no dataset 'nowhere.txt'"),
-    (f"{DECODER} --batch_size=0", "batch_size=0: must be at least 1"),
+    (f"{DECODER} --init_from=nowhere.gguf", "nowhere.gguf"),
+    ("prepare.py --dataset=blank.txt,nowhere.txt", "there is no dataset 'nowhere.txt'"),
+    (f"{DECODER} --batch_size=0", "batch_size=0: must be above 0"),
     (f"{DECODER} --learning_rate=inf --eval_interval=1 --eval_rows=8", "the loss is not finite"),
-    ("train_decoder.py config/toy.py --n_embd=192", "made with another network"),
-    ("train_diffusion.py config/toy.py --muon=0.02", "made with another optimizer"),
+    (f"train_decoder.py {TOY} --n_embd=192", "made with another architecture"),
+    (f"train_diffusion.py {TOY} --muon=0.02", "made with another optimizer"),
     ("train_diffusion.py config/toy.py --out_dir=out/x --width=100", "must be a multiple of 64"),
     ("train_diffusion.py config/toy.py --out_dir=out/x --null_probability=2", "must be from 0 to 1"),
 ]
@@ -233,14 +235,12 @@ def test_bad_input_is_one_clear_line(project, bad_files, command, message, call)
 # ---- a spoilt model is named ----
 
 
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def remove(path):
+    path.unlink()
 
 
-def cut_the_tail(path):
-    os.truncate(path, path.stat().st_size // 2)
+def drop_a_row(path):
+    np.save(path, np.load(path)[:-1])
 
 
 def other_encoder(path):
@@ -255,16 +255,19 @@ def other_encoder(path):
 
 
 SAMPLE = "sample.py --out_dir=out/spoilt"
-RESUME = "train_diffusion.py config/toy.py --out_dir=out/spoilt --dataset=spoilt"
+RESUME = f"train_diffusion.py {TOY} --out_dir=out/spoilt --dataset=spoilt"
 SPOILT = [
     ("out/spoilt/decoder.safetensors", SAMPLE, "{} is damaged"),
     ("out/spoilt/decoder.pt", RESUME.replace("diffusion", "decoder"), "{} is damaged"),
     ("out/spoilt/tokenizer.tiktoken", SAMPLE, "{} is "),
     ("out/spoilt/probes/topic.npz", SAMPLE, "{} is damaged"),
-    ("data/spoilt/train/cont_emb.npy", RESUME, "{} is missing or damaged"),
+    ("data/spoilt/tokenizer.tiktoken", RESUME, "{} is "),
 ]
 SPOILT = [(damage, *row) for damage in (flip_a_bit, cut_the_tail) for row in SPOILT]
 SPOILT += [
+    (cut_the_tail, "data/spoilt/train/cont_emb.npy", RESUME, "{} is missing or damaged"),
+    (remove, "data/spoilt/val/tokens.npy", RESUME, "{} is missing or damaged"),
+    (drop_a_row, "data/spoilt/val/split.npy", RESUME, "{} is damaged: "),
     (other_encoder, "out/spoilt/diffusion.safetensors", SAMPLE, "were trained on different data"),
     (other_encoder, "out/spoilt/probes/topic.npz", SAMPLE, "{} is a probe of the encoder other"),
     (other_encoder, "data/spoilt/meta.json", RESUME, "out/spoilt/diffusion.pt was made with another data"),
@@ -297,14 +300,14 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stands(project, un
 def test_no_network_is_one_clear_line(project, bad_files):
     commands = {
         "probes.py config/toy.py --data=topic": "cannot get train.jsonl of SetFit/ag_news",
-        f"{DECODER} --init_from=gpt2": "couldn't connect",
+        f"{DECODER} --init_from=gpt2": "cannot get the files of gpt2",
         f"prepare.py --dataset=few.jsonl {MINI} --encoder=org/sentence-t5-xl": "of org/sentence-t5-xl",
     }
-    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project / "hf")}
-    hasten = "import time; time.sleep = lambda seconds: None"  # the hub's client waits before it tries again
-    arguments = [sys.executable, "-c", hasten + IN_ONE, *commands]
-    done = subprocess.run(arguments, cwd=project, env=env, capture_output=True, text=True)
-    assert done.stdout.count("exit status 2\n") == 3, done.stderr
+    # the hub's client waits before it tries again
+    (project / "hasten.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project / "hf")}
+    _, notes = in_one(["hasten.py", *commands], project, **env)
+    assert notes.count("exit status 2 ") == 3, notes
     for command, message in commands.items():
-        (line,) = (x for x in done.stderr.splitlines() if x.startswith(command.split()[0]))
+        (line,) = (x for x in notes.splitlines() if x.startswith(command.split()[0]))
         assert message in line

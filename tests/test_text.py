@@ -1,6 +1,7 @@
 """From text to tokens and windows, whatever the text. Run: python -m pytest tests/test_text.py"""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -8,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-from model import Tokenizer
+from plumbing.text import Tokenizer
+from plumbing.toy import grade_text, toy_documents, toy_ranks
 
 HOSTILE = st.text() | st.lists(
     st.sampled_from(["<|endoftext|>", "\0", "\ud800", "emoji 🎬", "映画", " ", "\n", "word"])
 ).map(" ".join)
-RANKS = prepare.toy_ranks()
+RANKS = toy_ranks()
 BPE = Tokenizer(RANKS)
-FLAGS = prepare.token_flags(RANKS, BPE)
+BOUNDARIES = prepare.Boundaries.of(RANKS, BPE)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def a_file(monkeypatch):
 def test_windows_hold_all_of_any_text_and_what_follows_each(text):
     """<|endoftext|> in a text is thirteen letters; the token follows the last window alone."""
     text = text.encode("utf-8", "replace").decode()
-    found = [(window[:-1], window[-1], split) for window, split in prepare.windows(BPE, FLAGS, text, 0)]
+    found = [(window[:-1], window[-1], split) for window, split in prepare.windows(BPE, BOUNDARIES, text, 0)]
     assert all(0 <= split < len(window) for window, _, split in found)
     assert BPE.eot_token not in [token for window, *_ in found for token in window]
     assert [next_token == BPE.eot_token for _, next_token, _ in found] == [False] * (len(found) - 1) + [
@@ -42,9 +44,9 @@ def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
     """At most `size` tokens, without a space in front, and together the whole document; each is followed by
     the token that the document goes on with.
     """
-    text = " ".join(document for document, *_ in itertools.islice(prepare.toy_documents(number), 5))
+    text = " ".join(document for document, *_ in itertools.islice(toy_documents(number), 5))
     tokens = [*BPE.encode_ordinary(text), BPE.eot_token]
-    cut = list(prepare.cut(np.array(tokens), size, FLAGS))
+    cut = list(prepare.cut(np.array(tokens), size, BOUNDARIES))
     windows, following = [window[:-1] for window in cut], [window[-1] for window in cut]
     texts = [BPE.decode(window) for window in windows]
     assert max(map(len, windows)) <= size
@@ -58,7 +60,7 @@ def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
 
 def test_a_window_may_be_split_several_times(monkeypatch):
     monkeypatch.setattr(prepare, "splits", 3)
-    rows = prepare.windows(BPE, FLAGS, next(prepare.toy_documents(0))[0] * 3, 0)
+    rows = prepare.windows(BPE, BOUNDARIES, next(toy_documents(0))[0] * 3, 0)
     groups = [rows[i : i + 3] for i in range(0, len(rows), 3)]
     assert all((a[0] == b[0]).all() and (b[0] == c[0]).all() for a, b, c in groups)
     assert any(len({split for _, split in group}) == 3 for group in groups)
@@ -66,24 +68,24 @@ def test_a_window_may_be_split_several_times(monkeypatch):
 
 def test_c4_drops_documents_with_too_many_tokens_a_character(monkeypatch):
     monkeypatch.setattr(prepare, "dataset", "c4")
-    assert not prepare.windows(BPE, FLAGS, "0x1f" * 200, 0)
-    assert prepare.windows(BPE, FLAGS, "Everyone complained about the goalkeeper." * 3, 0)
+    assert not prepare.windows(BPE, BOUNDARIES, "0x1f" * 200, 0)
+    assert prepare.windows(BPE, BOUNDARIES, "Everyone complained about the goalkeeper." * 3, 0)
 
 
 @given(st.integers(0, 50))
 def test_the_grammar_knows_its_own_texts(seed):
-    """Every sentence is one that it could have written, and its verdict is what the text was made of."""
-    for text, sentiment, topic in itertools.islice(prepare.toy_documents(seed), 5):
-        verdict = prepare.judge_text(text)
-        assert verdict == (sentiment, topic, text.count("."), text.count("."))
+    """Every sentence is one that it could have written, and the grades are what the text was made of."""
+    for text, sentiment, topic in itertools.islice(toy_documents(seed), 5):
+        assert grade_text(text) == (sentiment, topic, text.count("."), text.count("."))
 
 
-def test_several_files_are_mixed_by_their_weights(tmp_path, monkeypatch):
-    """Each text as often as its file has weight, and spread in that proportion from the first."""
+def test_several_paths_take_turns(tmp_path, monkeypatch):
+    """One text of each as long as it has any, whether it is a file or a folder of files."""
     monkeypatch.chdir(tmp_path)
-    for name, count in (("a", 4), ("b", 4)):
-        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name}{i}" for i in range(count)))
-    monkeypatch.setattr(prepare, "dataset", "a.txt,b.txt:3")
-    texts = [text.strip() for text in prepare.documents()[0]]
-    assert sorted(texts) == sorted([f"a{i}" for i in range(4)] + [f"b{i}" for i in range(4)] * 3)
-    assert [sum(text[0] == "b" for text in texts[: 4 * n]) for n in (1, 2, 3, 4)] == [3, 6, 9, 12]
+    os.mkdir("b")
+    for path, texts in {"a.txt": ["a0", "a1"], "b/0.txt": ["b0", "b1", "b2"], "b/1.txt": ["b3"]}.items():
+        (tmp_path / path).write_text("\n\n".join(texts))
+    monkeypatch.setattr(prepare, "dataset", "a.txt,b")
+    texts, size = prepare.documents()
+    assert [text.strip() for text in texts] == ["a0", "b0", "a1", "b1", "b2", "b3"]
+    assert size == sum(path.stat().st_size for path in tmp_path.rglob("*.txt"))
