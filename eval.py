@@ -11,6 +11,8 @@ command continues an interrupted run. The table is printed in Markdown and, with
 is a probe that guides: `probes.py --judge` must fit judges to text that no probe has seen.
 """
 
+from plumbing.config import InputError, check, check_positive, run
+
 import glob
 import importlib.util
 import json
@@ -28,10 +30,9 @@ from tqdm import tqdm
 
 import peers
 from model import DGLM, Sampling, parse_guide
-from plumbing.config import check, run
 from plumbing.data import Data
 from plumbing.devices import generator_at
-from plumbing.files import newest_model, read_rows, sha256, write_file
+from plumbing.files import lock, newest_model, read_rows, sha256, write_file
 from plumbing.judges import LanguageModel, load_judge
 from plumbing.plot import plot
 
@@ -270,12 +271,15 @@ def by_experts(bench, prefixes, guide, a, at, sampling):
 
 
 def by_prompt(bench, prefixes, guide, _, at, sampling):
-    torch.manual_seed(at)
-    classes = guide.split(",")
-    written, seconds = timed(
-        lambda: peers.prompting(bench.lm, prefixes, classes, control_tokens, sampling, batch_size)
-    )
-    return [(text, None) for text in written], seconds
+    def write():
+        classes = guide.split(",")
+        for number, part in enumerate(batches(prefixes)):
+            seed_of_part = at + 1000 * number
+            yield from peers.prompting(
+                bench.lm, prefixes[part], classes, control_tokens, sampling, seed_of_part
+            )
+
+    return timed(lambda: [(text, None) for text in write()])
 
 
 def peer_rows(bench, labels, sampling):
@@ -283,7 +287,7 @@ def peer_rows(bench, labels, sampling):
     ways = {f"best of {n:g}": (by_best_of_n, int(n)) for n in numbers(best_of)}
     if set(labels) <= set(bench.experts):
         ways |= {f"DExperts {a:g}": (by_experts, a) for a in numbers(expert_weights)}
-    if bench.lm.tokenizer.chat_template and sampling.temperature > 0:
+    if bench.lm.tokenizer.chat_template:
         ways["prompted"] = by_prompt, None
     return ways
 
@@ -317,9 +321,9 @@ def steer(bench, book, sampling, rows):
 def control(bench, book, sampling):
     """Figures 5 and 6: attribute and fluency against the weight of the guide, and the alternatives."""
     rows = {}
-    for label in attributes.split(","):
+    for label in items(attributes):
         rows[f"{label}: weight 0"] = [label], "none", by_guide, "estimate"
-        for through in guide_through.split(","):
+        for through in items(guide_through):
             name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
                 rows[f"{label}: {name} {w:g}"] = [label], f"{label}:{w:g}", by_guide, through
@@ -331,7 +335,7 @@ def control(bench, book, sampling):
 def compose(bench, book, sampling):
     """Table 3: two attributes at once, and each alone."""
     rows = {}
-    for pair in (pair.split("+") for pair in pairs.split(",")):
+    for pair in (pair.split("+") for pair in items(pairs)):
         name, both = "+".join(pair), ",".join(pair)
         for guide in ("none", *pair, both):
             rows[f"{name}: {guide}"] = pair, guide, by_guide, sampling.guide_through
@@ -355,7 +359,7 @@ def timed(f):
 def parts_of(model, batch, count, at, sampling):
     """{part: a function that does it}, for a batch of one prompt and `count` new tokens."""
     rng, device = generator_at(model.device, at), model.device
-    prefix, label, no_prefix = prompts.split("|")[0], attributes.split(",")[0], [""] * batch
+    prefix, label, no_prefix = prompts.split("|")[0], items(attributes)[0], [""] * batch
     tokens, generator = [model.tokenizer.encode_ordinary(prefix)] * batch, model.decoder.generator
     x, alpha2 = torch.zeros(batch, len(model.mean), device=device), torch.ones(batch, device=device)
     soft = {"soft_prompt": generator(x, alpha2), "soft_first": model.decoder.soft_first}
@@ -370,7 +374,7 @@ def parts_of(model, batch, count, at, sampling):
 
 
 def runtime(bench, book, sampling):
-    """Table 4: seconds a text of each part, and of all relative to the decoder, by batch and length."""
+    """Table 4: seconds a text of each part, and of a guided text relative to the decoder alone."""
     gpt, generator = bench.model.decoder.gpt, bench.model.decoder.generator
     prompt = bench.model.tokenizer.encode_ordinary(prompts.split("|")[0])
     room = gpt.config.n_positions - generator.K - len(prompt)
@@ -383,7 +387,7 @@ def runtime(bench, book, sampling):
         for part in parts.values():  # to warm up
             part()
         figures = {name: timed(part)[1] / batch for name, part in parts.items()}
-        every = sum(figures[part] for part in ("encode", "diffuse", "prompt", "decode"))
+        every = sum(figures[part] for part in ("encode", "diffuse, guided", "prompt", "decode"))
         figures["relative"] = every / figures["decode"]
         book.add(row, at, figures, [])
 
@@ -395,38 +399,51 @@ def batches(rows):
     return [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
 
 
+def items(text):
+    """`a, b` -> [a, b]; none from an empty text."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def numbers(text):
-    """`0,0.05,1` -> [0.0, 0.05, 1.0]; none from an empty text."""
-    check(re.fullmatch(r"[\d.,]*", text), f"{text!r}: must be numbers, with commas between them")
-    return [float(item) for item in text.split(",") if item]
+    """`0, 0.05, 1` -> [0.0, 0.05, 1.0]. Raises InputError."""
+    try:
+        return [float(item) for item in items(text)]
+    except ValueError:
+        raise InputError(f"{text!r}: must be numbers, with commas between them") from None
 
 
 def main(settings):
     wanted = list(TASKS) if task == "all" else [task]
     check(set(wanted) <= set(TASKS), f"task={task!r}: must be {', '.join(TASKS)} or all")
     fields = {field: settings[field] for field in asdict(Sampling())}
-    sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in guide_through.split(",")]
-    check(all(pair.count("+") == 1 for pair in pairs.split(",")), f"--pairs {pairs}: write negative+sports")
+    sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in items(guide_through)]
+    check(all(pair.count("+") == 1 for pair in items(pairs)), f"--pairs {pairs}: write negative+sports")
+    check_positive(
+        settings, "num_texts", "new_tokens", "num_samples", "control_tokens", "seeds", "batch_size"
+    )
+    for text in (cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights):
+        numbers(text)  # reports at once what is not a number
     folder = out_dir or newest_model()
     model = DGLM(folder, device)
-    labels = attributes.split(",") if "control" in wanted else []
-    labels += re.split("[,+]", pairs) if "compose" in wanted else []
+    labels = items(attributes) if "control" in wanted else []
+    labels += items(pairs.replace("+", ",")) if "compose" in wanted else []
     parse_guide(",".join(labels), model.probes)  # reports at once if no probe has that class
 
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
-    read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts)]
-    read += [text_file, judge_lm, *judges.split(",")]
+    read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]
+    read += [text_file, judge_lm, *items(judges)]
     read += glob.glob(f"{folder}/*.safetensors") + glob.glob(f"{folder}/probes/*.npz")
     for path in filter(os.path.isfile, read):
         made_with[os.path.relpath(path, folder)] = sha256(path)
 
-    lm = LanguageModel(judge_lm, model.device)
-    loaded = {name: load_judge(name, model.device, batch_size) for name in judges.split(",") if labels}
+    lm = LanguageModel(judge_lm, model.device) if wanted != ["runtime"] else None
+    loaded = {name: load_judge(name, model.device, batch_size) for name in items(judges) if labels}
     for label in labels:
         known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in loaded.values())
         check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
     bench = Bench(model, lm, loaded, peers.load_experts(experts if labels else "", model))
     os.makedirs(results, exist_ok=True)
+    _locked = lock(f"{results}/.lock")  # until main ends
     for name in wanted:
         book = Results(name, made_with)
         TASKS[name](bench, book, sampling)

@@ -19,10 +19,11 @@ tokens, M of diffusion tokens.
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
+from plumbing.config import InputError, check, check_positive
+
 import glob
 import math
 import os
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,12 +32,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.config import InputError, check
 from plumbing.decoders import read_pretrained, source_sha256
 from plumbing.decoding import Reader, decode, insert
 from plumbing.devices import autocast, pick_device, precision
 from plumbing.files import load_weights
-from plumbing.text import GPT2_PATTERN, Tokenizer, load_encoder, read_ranks
+from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
 
@@ -315,9 +315,12 @@ class CausalSelfAttention(nn.Module):
         if kv is not None:  # the cache (2, B, n_kv_head, longest, head): write T columns, read all so far
             kv[:, :, :, filled - T : filled] = torch.stack((k, v))  # in one, or torch.compile copies it all
             k, v = kv[:, :, :, :filled]
-        if self.groups > 1:
-            k, v = (part.repeat_interleave(self.groups, dim=1) for part in (k, v))
-        y = attend(q, k, v, mask, causal=mask is None)
+        if self.groups > 1 and T == 1:  # the queries of a group as rows, so that the cache is not copied
+            y = attend(q.reshape(B, -1, self.groups, self.head), k, v, mask).reshape(B, -1, 1, self.head)
+        else:
+            if self.groups > 1:
+                k, v = (part.repeat_interleave(self.groups, dim=1) for part in (k, v))
+            y = attend(q, k, v, mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -355,15 +358,16 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        V, P, C = config.vocab_size, config.n_positions, config.n_embd
+        self.wte = nn.Embedding(V, C, _weight=torch.empty(V, C))  # initialised below
         if not config.rope_theta:
-            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.wpe = nn.Embedding(P, C, _weight=torch.empty(P, C))
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.ln_f = (nn.RMSNorm if config.rope_theta else nn.LayerNorm)(config.n_embd, config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:  # where even doing nothing takes two seconds
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
@@ -506,7 +510,8 @@ class Sampling:
         check(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
         check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
         check(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, and 1 at most")
-        check(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: must be above 0")
+        penalty = self.repetition_penalty
+        check(0.01 <= penalty <= 100, f"repetition_penalty={penalty}: must be from 0.01 to 100")
 
 
 class Covariance(NamedTuple):
@@ -626,23 +631,47 @@ class Probe:
         return cls(os.path.basename(path).removesuffix(".npz"), classes, coef, intercept, encoder, weight)
 
 
+class Guide(NamedTuple):
+    """A class of a probe to steer towards, or away from, and how much."""
+
+    probe: Probe
+    label: int
+    away: bool
+    weight: float
+
+    def log_prob(self, e):
+        """Unit embeddings (..., E) -> log p(class | e), or log(1 - p(class | e)) (...)."""
+        log_p = self.probe.log_prob(e)
+        if not self.away:
+            return log_p[..., self.label]
+        others = [i for i in range(len(self.probe.classes)) if i != self.label]
+        return log_p[..., others].logsumexp(-1)
+
+
 def parse_guide(text, probes):
-    """`negative:30,sports`, `sentiment=negative` or `none` -> [(probe, class index, weight), ...].
+    """`negative:30,sports`, `sentiment=negative`, `not-sports:40` or `none` -> [Guide, ...].
 
     A weight that is not given is the probe's own. Raises InputError if no probe or more than one has the
-    class, or if the weight is not a number.
+    class, or if the weight is not a number, 0 or above.
     """
     guides = []
-    for item in [] if text in ("", "none") else text.split(","):
-        name, _, number = item.strip().partition(":")
-        probe_name, _, label = name.rpartition("=")
+    for item in [] if text.strip() in ("", "none") else text.split(","):
+        name, colon, number = (part.strip() for part in item.partition(":"))
+        probe_name, _, label = (part.strip() for part in name.rpartition("="))
+        away = label.startswith("not-") and not any(label in p.classes for p in probes)
+        label = label.removeprefix("not-") if away else label
         found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
         known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none yet, see probes.py"
         check(found, f"--guide: no probe has a class {name!r}; this model's probes: {known}")
         ways = " or ".join(f"{p.name}={label}" for p in found)
         check(len(found) == 1, f"--guide: several probes have a class {label!r}: say {ways}")
-        check(re.fullmatch(r"(\d+(\.\d*)?)?", number), f"--guide: the weight in {item!r} is not a number")
-        guides.append((found[0], found[0].classes.index(label), float(number or found[0].weight)))
+        try:
+            weight = float(number) if colon else found[0].weight
+        except ValueError:
+            weight = math.nan
+        check(math.isfinite(weight), f"--guide: the weight in {item!r} is not a number")
+        check(weight >= 0, f"--guide: the weight in {item!r} is negative: say not-{label}:{-weight:g}")
+        guides.append(Guide(found[0], found[0].classes.index(label), away, weight))
     return guides
 
 
@@ -707,7 +736,7 @@ class DGLM:
     def encode(self, texts):
         """Texts -> e (N, E)."""
         if self.encoder is None:  # takes seconds to load, and a text without a prefix does not need it
-            self.encoder = load_encoder(self.data["encoder"], self.device)
+            self.encoder = Encoder(self.data["encoder"], self.device)
         return torch.from_numpy(self.encoder(texts)).to(self.device)
 
     def standardise(self, e):
@@ -723,15 +752,14 @@ class DGLM:
         guide: see `parse_guide`. on_step(prefixes, log_snr, e) gets the prediction (B, E) of every step.
         """
 
-        def guide_log_prob(probe, label):
-            return lambda points: probe.log_prob(self.to_sphere(points))[..., label]
+        def on_sphere(guide):
+            return lambda points: guide.log_prob(self.to_sphere(points))
 
         def denoiser(*inputs):
             with autocast(self.device):
                 return self.diffusion(*inputs)
 
-        parsed = parse_guide(guide, self.probes)
-        guides = [(guide_log_prob(probe, label), weight) for probe, label, weight in parsed if weight > 0]
+        guides = [(on_sphere(g), g.weight) for g in parse_guide(guide, self.probes) if g.weight > 0]
         no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes) - {""})
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
@@ -749,19 +777,28 @@ class DGLM:
     def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
         """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order.
 
-        An empty prefix is allowed; one that leaves no room for the new tokens is an InputError. options: the
-        fields of `Sampling`, batch_size (64), and on_step of `propose`. One seed fixes everything.
+        prefixes: a list of texts; one may be empty. options: the fields of `Sampling`, batch_size (64), and
+        on_step of `propose`. One seed fixes everything. Raises InputError, at once, for what cannot be used,
+        such as a prefix that leaves no room for the new tokens.
         """
         batch_size = options.pop("batch_size", 64)
         on_step = options.pop("on_step", None)
         sampling = Sampling(**options)
-        check(isinstance(prefixes, list) and prefixes, "prefixes must be a list of texts")
-        prefixes = [p.rstrip().encode("utf-8", "replace").decode() for p in prefixes]
+        counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        check_positive(counts, *counts)
+        texts = isinstance(prefixes, list) and prefixes and all(isinstance(p, str) for p in prefixes)
+        check(texts, "prefixes must be a list of texts")
+        parse_guide(guide, self.probes)
+        prefixes = [clean(p.rstrip()) for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)
         rng = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            proposals = self.propose(batch, guide, sampling, rng, on_step)
-            yield from zip(self.write(batch, proposals, max_new_tokens, sampling, rng), proposals)
+
+        def pairs():
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                proposals = self.propose(batch, guide, sampling, rng, on_step)
+                yield from zip(self.write(batch, proposals, max_new_tokens, sampling, rng), proposals)
+
+        return pairs()

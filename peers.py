@@ -9,14 +9,16 @@ eval.py measures them beside DGLM. None of them uses the diffusion to steer.
 [DExperts] Liu et al. 2021, DExperts: Decoding-Time Controlled Text Generation. arXiv 2105.03023
 """
 
+from plumbing.config import check
+
+import math
 from dataclasses import replace
 from functools import cache
 
 import torch
-from transformers import pipeline
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from model import load_decoder, parse_guide
-from plumbing.config import check
 from plumbing.decoding import Reader, decode
 from plumbing.devices import autocast
 
@@ -30,45 +32,45 @@ def best_of_n(model, drafts, guide):
     It takes n times as long as one text, and can only choose from what the decoder writes by itself.
     """
     e = torch.stack([model.encode([text for text, _ in draft]) for draft in drafts])  # (n, prefixes, E)
-    guides = parse_guide(guide, model.probes)
-    log_p = sum(probe.log_prob(e)[..., label] for probe, label, _ in guides)  # (n, prefixes)
+    log_p = sum(each.log_prob(e) for each in parse_guide(guide, model.probes))  # (n, prefixes)
     return [drafts[k][i] for i, k in enumerate(log_p.argmax(0).tolist())]
 
 
-def dexperts_logits(base, experts, anti_experts, a, top_p):
+def dexperts_logits(base, experts, anti_experts, a, sampling):
     """A function that combines the logits of several language models, for `decode` [DExperts]:
 
         z + a sum_i (z_i^+ - z_i^-)
 
     z are the logits of the decoder, z_i^+ those of an expert (fine-tuned on text with attribute i), z_i^-
-    those of its anti-expert (fine-tuned on text without it). Tokens outside the decoder's top_p likeliest are
+    those of its anti-expert (fine-tuned on text without it). Tokens that `pick` would exclude by z alone stay
     excluded. base is a `Reader`, experts and anti_experts are lists of them.
     """
 
     def next_logits(token):
         z = base(token)
         wish = sum(reader(token) for reader in experts) - sum(reader(token) for reader in anti_experts)
-        p = z.softmax(-1)
-        falling = p.sort(descending=True)[0]
-        least = falling.where(falling.cumsum(-1) - falling < top_p, 1.0).amin(-1, keepdim=True)
-        logits = z + a * wish
-        return torch.where(p < least, logits - 100, logits)
+        falling, tokens = (z / (sampling.temperature or 1)).softmax(-1).sort(descending=True)
+        if sampling.top_k:
+            falling[:, sampling.top_k :] = 0
+        out = falling.cumsum(-1) - falling >= sampling.top_p
+        excluded = torch.zeros_like(out).scatter(1, tokens, out | (falling == 0))
+        return (z + a * wish).masked_fill(excluded, -math.inf)
 
     return next_logits
 
 
-def dexperts(model, prefixes, pairs, a, max_new_tokens, options, rng):
+def dexperts(model, prefixes, pairs, a, max_new_tokens, sampling, rng):
     """Continues prefixes with DExperts -> texts.
 
-    pairs: (expert, anti-expert), two GPTs, for each attribute. options: a `Sampling`, whose nucleus the
-    unsteered decoder defines. No soft tokens are read. Each token costs one step of all these models.
+    pairs: (expert, anti-expert), two GPTs, for each attribute. There are no soft tokens. Each token costs one
+    step of all these models.
     """
     prompts = [model.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
     gpt, stop = model.decoder.gpt, model.tokenizer.eot_token
     base = Reader(gpt, prompts, max_new_tokens, eot_row=model.decoder.generator.eot_row)
-    experts, anti_experts = ([Reader(gpt, prompts, max_new_tokens) for gpt in side] for side in zip(*pairs))
-    next_logits = dexperts_logits(base, experts, anti_experts, a, options.top_p)
-    rows = decode(next_logits, max_new_tokens, replace(options, top_k=0, top_p=1.0), stop, rng)
+    experts, anti_experts = ([Reader(one, prompts, max_new_tokens) for one in side] for side in zip(*pairs))
+    next_logits = dexperts_logits(base, experts, anti_experts, a, sampling)
+    rows = decode(next_logits, max_new_tokens, replace(sampling, top_k=0, top_p=1.0), stop, rng)
     return [model.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 
@@ -78,7 +80,7 @@ def load_experts(text, model):
     Raises InputError if one of them is another decoder, or was not fine-tuned.
     """
     load, gpt, experts = cache(load_decoder), model.decoder.gpt, {}
-    for label, _, folders in (item.partition("=") for item in text.split(",") if item):
+    for label, _, folders in (item.partition("=") for item in text.replace(" ", "").split(",") if item):
         pair = [load(folder, model.device) for folder in folders.split("+")]
         tuned = [e.gpt.config == gpt.config and "frozen" not in meta["architecture"] for meta, e in pair]
         fits = all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
@@ -87,21 +89,28 @@ def load_experts(text, model):
     return experts
 
 
-def prompting(lm, prefixes, classes, max_new_tokens, options, batch_size):
+def prompting(lm, prefixes, classes, max_new_tokens, sampling, seed):
     """Asks an instruct model for a text with the classes, and makes it begin with the prefix -> texts.
 
-    lm: has a transformers model and tokenizer, and a device. options: a `Sampling`.
+    lm: has a transformers model, its tokenizer with a chat template, and a device.
     """
     wish = f"Write a {' and '.join(classes)} text that begins: "
-
-    def chat(prefix):
-        return [{"role": "user", "content": wish + prefix}, {"role": "assistant", "content": prefix}]
-
-    least = 0 if options.may_end else max_new_tokens
-    settings = {"do_sample": True, "max_new_tokens": max_new_tokens, "min_new_tokens": least}
-    settings |= {key: getattr(options, key) for key in ("temperature", "top_k", "top_p")}
-    settings |= {"device": lm.device, "batch_size": batch_size, "return_full_text": False}
-    write = pipeline("text-generation", model=lm.model, tokenizer=lm.tokenizer, **settings)
+    chats = [
+        [{"role": "user", "content": wish + prefix}, {"role": "assistant", "content": prefix}]
+        for prefix in prefixes
+    ]
+    options = {"continue_final_message": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+    inputs = lm.tokenizer.apply_chat_template(chats, **options).to(lm.device)
+    prompt_length = inputs["input_ids"].shape[1]
+    penalty = RepetitionPenaltyLogitsProcessor(
+        sampling.repetition_penalty, prompt_ignore_length=prompt_length
+    )
+    options = {"do_sample": sampling.temperature > 0, "max_new_tokens": max_new_tokens}
+    options["min_new_tokens"] = 0 if sampling.may_end else max_new_tokens
+    if sampling.temperature > 0:
+        options |= {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
+    torch.manual_seed(seed)
     with autocast(lm.device):
-        rows = write([chat(prefix) for prefix in prefixes])
-    return [row["generated_text"].rstrip("\ufffd") for (row,) in rows]
+        rows = lm.model.generate(**inputs, logits_processor=LogitsProcessorList([penalty]), **options)
+    texts = lm.tokenizer.batch_decode(rows[:, prompt_length:], skip_special_tokens=True)
+    return [text.rstrip("\ufffd") for text in texts]

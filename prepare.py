@@ -15,6 +15,8 @@ meta.json. It streams: a file for every SHARD windows, all joined at the end (wh
 the same command continues an interrupted run, to the same bytes.
 """
 
+from plumbing.config import InputError, check, run
+
 import base64
 import glob
 import heapq
@@ -35,10 +37,9 @@ import tiktoken
 from tqdm import tqdm
 
 from plumbing.bpe import read_bpe
-from plumbing.config import InputError, check, run
 from plumbing.data import COLUMNS, DATA_FORMAT, data_name
-from plumbing.files import hub_file, read_rows, sha256, write_file
-from plumbing.text import GPT2_PATTERN, Tokenizer, load_encoder, read_ranks
+from plumbing.files import hub_file, lock, read_rows, sha256, write_file
+from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 from plumbing.toy import print_grades, toy_documents, toy_ranks, write_toy_files
 
 dataset = "c4"  # toy, c4, openwebtext, or paths (.txt, .jsonl, .jsonl.gz, folders) with commas between them
@@ -61,7 +62,7 @@ SHARD = 4096  # windows embedded and written at a time
 
 def file_documents(path):
     """The texts of one file: the field "text" of JSON lines; plain text is divided at blank lines."""
-    if path.endswith((".jsonl", ".jsonl.gz")):
+    if path.lower().endswith((".jsonl", ".jsonl.gz")):
         yield from (row["text"] for row in read_rows(path, "text"))
     else:
         try:
@@ -96,7 +97,7 @@ def text_files(path):
     """The files of a dataset that is a path, in order."""
     folders = os.walk(path) if os.path.isdir(path) else [("", [], [path])]
     found = (os.path.join(folder, name) for folder, _, names in folders for name in names)
-    return sorted(path for path in found if path.endswith((".txt", ".jsonl", ".jsonl.gz")))
+    return sorted(path for path in found if path.lower().endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
 def documents():
@@ -208,7 +209,7 @@ def shards(numbered, bpe, boundaries):
     """Pairs (number, text) -> shards [(tokens, split, whether held out), ...], and the documents done."""
     shard = []
     for number, text in numbered:
-        text = text.encode("utf-8", "replace").decode().strip()  # JSON can hold lone surrogates
+        text = clean(text).strip()
         held_out = zlib.crc32(text.encode()) % val_every == 0  # the same text is always on the same side
         shard += [(*window, held_out) for window in windows(bpe, boundaries, text, number)]
         if len(shard) >= SHARD:
@@ -241,7 +242,8 @@ def join(folder, parts):
     """Writes the .npy files -> {subset: rows}, mean and deviation of train's continuation embeddings."""
     held_out = [np.load(part)["val"] for part in parts]
     n = {"train": sum(int((~val).sum()) for val in held_out), "val": sum(int(val.sum()) for val in held_out)}
-    check(all(n.values()), f"{dataset} gave too few windows: {n}: remove {folder}, lower --val_every")
+    few = f"{dataset} gave too few windows: {n['train']} to train on and, from other documents, {n['val']} to"
+    check(all(n.values()), f"{few} validate: remove {folder}, add documents or lower --val_every")
     total = squares = 0.0
     for subset in n:
         os.makedirs(f"{folder}/{subset}", exist_ok=True)
@@ -266,8 +268,9 @@ def join(folder, parts):
 
 
 def check_made_alike(folder, made_with):
-    """Raises InputError if an earlier run, finished or not, prepared the folder with other settings."""
-    for path in filter(os.path.exists, (f"{folder}/parts/settings.json", f"{folder}/meta.json")):
+    """Raises InputError if an earlier run, finished or not, prepared windows there with other settings."""
+    begun = [f"{folder}/parts/settings.json"] if glob.glob(f"{glob.escape(folder)}/parts/*.npz") else []
+    for path in filter(os.path.exists, (*begun, f"{folder}/meta.json")):
         before = json.loads(Path(path).read_text())["settings"]
         changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
@@ -281,16 +284,17 @@ def main(settings):
     check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
     folder, (source, size) = f"data/{data_name(dataset)}", documents()
     made_with = {k: v for k, v in settings.items() if k not in ("device", "grade")} | {"bytes": size}
+    os.makedirs(f"{folder}/parts", exist_ok=True)
+    _locked = lock(f"{folder}/.lock")  # until main ends
     check_made_alike(folder, made_with)
     if os.path.exists(f"{folder}/meta.json"):
         shutil.rmtree(f"{folder}/parts", ignore_errors=True)
         return print(f"{folder} is prepared already")
 
     # the tokenizer, the encoder, and where an earlier run stopped
-    (ranks, pattern), encode = choose_tokenizer(), load_encoder(encoder, device)
+    (ranks, pattern), encode = choose_tokenizer(), Encoder(encoder, device)
     bpe = Tokenizer(ranks, pattern)
     boundaries = Boundaries.of(ranks, bpe)
-    os.makedirs(f"{folder}/parts", exist_ok=True)
     write_file(f"{folder}/parts/settings.json", json.dumps({"settings": made_with}))
     lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
     write_file(f"{folder}/tokenizer.tiktoken", b"".join(lines))
@@ -304,6 +308,7 @@ def main(settings):
     for shard, reached in shards(progress, bpe, boundaries):
         parts.append(f"{folder}/parts/{reached:012d}.npz")
         write_file(parts[-1], partial(np.savez, **embed(shard, bpe, encode)))
+        done = reached
     n, mean, std = join(folder, parts)
     if dataset == "toy":
         write_toy_files(folder, seed)
@@ -321,7 +326,8 @@ def main(settings):
     meta = {"format": DATA_FORMAT, "data": data, "N": n, "settings": made_with}
     write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
     shutil.rmtree(f"{folder}/parts")
-    print(f"{folder}: {n['train']:,} windows to train on, {n['val']:,} to validate")
+    windows_of = f"{n['train']:,} windows to train on, {n['val']:,} to validate"
+    print(f"{folder}: {done:,} document{'s' * (done > 1)}; {windows_of}")
 
 
 if __name__ == "__main__":

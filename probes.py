@@ -10,6 +10,8 @@ other weight changes. Accuracy, F1 and AUC are measured on a tenth of the rows, 
 words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
 """
 
+from plumbing.config import ROOT, check, check_positive, run
+
 import os
 from collections import Counter
 from functools import partial
@@ -20,10 +22,9 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from plumbing.config import check, check_positive, run
 from plumbing.files import hub_file, load_weights, newest_model, read_rows, write_file
 from plumbing.judges import fit_judge
-from plumbing.text import load_encoder
+from plumbing.text import Encoder, clean
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # name of the probe; default the file's name
@@ -50,32 +51,59 @@ def main(settings):
     sources = data.split(",")
     check(len(sources) == 1 or not (name or judge), "--name and --judge are for a single source of data")
     check(not judge or judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
+    folder = out_dir or newest_model()
+    names = [name or os.path.basename(source).split(".")[0] for source in sources]
+    paths = [] if judge else [probe_path(folder, probe) for probe in names]
+    check(len(set(paths)) == len(paths), f"two probes named {', '.join(names)}: say --name, one at a time")
     labelled = [read_labelled(source) for source in sources]  # all of them, so that mistakes come up at once
     if judge:
         return train_judge(*labelled[0])
-    folder = out_dir or newest_model()
-    encoder_name = encoder or load_weights(folder, "decoder")[0]["data"]["encoder"]
+    encoder_name = choose_encoder(folder)
     print(f"for the model {folder}")
-    encode = load_encoder(encoder_name, device)
+    encode = Encoder(encoder_name, device)
     os.makedirs(f"{folder}/probes", exist_ok=True)
     print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
-    for source, (texts, labels) in zip(sources, labelled):
+    for source, probe, path, (texts, labels) in zip(sources, names, paths, labelled):
         chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
         e = np.concatenate([encode(chunk) for chunk in tqdm(chunks, f"embed {source}", leave=False)])
-        probe = name or os.path.basename(source).split(".")[0]
-        arrays = train_probe(e, labels, probe, balanced or source == "toxicity")
-        arrays |= {"encoder": encoder_name, "weight": weight}
-        write_file(f"{folder}/probes/{probe}.npz", partial(np.savez, **arrays))
+        arrays = train_probe(e, texts, labels, probe, balanced or source == "toxicity")
+        if truncated := sum(encode.count_truncated(chunk) for chunk in chunks):
+            print(f"  {truncated} of its texts are longer than the encoder reads: their ends do not count")
+        write_file(path, partial(np.savez, **arrays, encoder=encoder_name, weight=weight))
 
 
-def hold_out(rows, labels):
-    """-> nine tenths of the rows, a tenth held out, and the labels of both."""
-    return train_test_split(rows, labels, test_size=0.1, random_state=seed, stratify=labels)
+def probe_path(folder, probe):
+    """Where the probe goes. Raises InputError if --guide could not name it, or if it came with the model."""
+    path = f"{folder}/probes/{probe}.npz"
+    check(probe and not set(probe) & set(",:=/\\"), f"--name {probe!r}: a name without , : = / or \\")
+    shipped = os.path.abspath(folder).startswith(f"{ROOT}/pretrained/") and os.path.exists(path)
+    check(not shipped, f"{path} belongs to a shipped model: give your probe another --name")
+    return path
 
 
-def train_probe(e, labels, probe, balanced):
-    """Fits embeddings e (N, E) to labels, prints a row of the table -> the arrays of the probe."""
-    e_train, e_test, y_train, y_test = hold_out(e, labels)
+def choose_encoder(folder):
+    """The model's encoder, or the one asked for. Raises InputError if they differ."""
+    if encoder and not os.path.exists(f"{folder}/decoder.safetensors"):
+        return encoder
+    ours = load_weights(folder, "decoder")[0]["data"]["encoder"]
+    same = os.path.basename(encoder or ours) == os.path.basename(ours)
+    check(same, f"--encoder {encoder}: the model in {folder} has the encoder {ours}, and needs probes of it")
+    return encoder or ours
+
+
+def hold_out(texts, labels):
+    """-> which rows are held out (N,), a tenth of them: those of a tenth of the distinct texts."""
+    first = dict(reversed(list(zip(texts, labels))))
+    distinct, kinds = list(first), list(first.values())
+    _, unseen = train_test_split(distinct, test_size=0.1, random_state=seed, stratify=kinds)
+    unseen = set(unseen)
+    return np.array([text in unseen for text in texts])
+
+
+def train_probe(e, texts, labels, probe, balanced):
+    """Fits embeddings e (N, E) of texts to labels, prints a row of the table -> the arrays of the probe."""
+    held_out, labels = hold_out(texts, labels), np.array(labels)
+    e_train, e_test, y_train, y_test = e[~held_out], e[held_out], labels[~held_out], labels[held_out]
     class_weight = "balanced" if balanced else None
     fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=class_weight)
     p = fit.fit(e_train, y_train).predict_proba(e_test)
@@ -92,7 +120,8 @@ def train_probe(e, labels, probe, balanced):
 
 def train_judge(texts, labels):
     """Fits a judge to nine tenths of the rows, and prints how often it is right on the rest."""
-    known, unseen, y_known, y_unseen = hold_out(texts, labels)
+    held_out, texts, labels = hold_out(texts, labels), np.array(texts, dtype=object), np.array(labels)
+    known, unseen, y_known, y_unseen = texts[~held_out], texts[held_out], labels[~held_out], labels[held_out]
     options = {"max_iter": max_iter, "class_weight": "balanced" if balanced else None}
     accuracy = fit_judge(judge, known, y_known, unseen, y_unseen, **options)
     print(f"{judge}: {', '.join(sorted(set(labels)))}; accuracy {accuracy:.3f} on {len(unseen)} rows")
@@ -105,21 +134,25 @@ def read_labelled(source):
         repos, names = SOURCES[source]
         paths = [hub_file(repo, "train.jsonl", repo_type="dataset") for repo in repos]
     else:
-        known = source.endswith((".jsonl", ".jsonl.gz"))
+        known = source.lower().endswith((".jsonl", ".jsonl.gz"))
         check(known, f"--data: {source} is not .jsonl or {', '.join(SOURCES)}")
     rows = [row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()]
-    texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
-    labels = [names[row["label"]] if names else str(row["label"]).strip() for row in rows]
-    counts = Counter(labels)
+    texts = [clean(row["text"]) for row in rows]
+    labels = [names[row["label"]] if names else label_name(row["label"]) for row in rows]
+    counts = Counter(dict(zip(texts, labels)).values())  # of distinct texts
     found = ", ".join(counts) or "none"
     check(len(counts) > 1, f"{source}: a probe needs two labels or more; found: {found}")
     for label, count in counts.items():
-        check(count >= 10, f"{source}: only {count} rows with the label {label!r}; at least 10 are needed")
-        allowed = label != "none" and not set(label) & set(",:=")
-        check(
-            allowed, f"{source}: {label!r} cannot be a label: none, and whatever has , : or = in it, cannot"
-        )
+        check(count >= 10, f"{source}: only {count} texts with the label {label!r}; at least 10 are needed")
+        allowed = label not in ("", "none", "nan") and not set(label) & set(",:=")
+        check(allowed, f"{source}: {label!r} cannot be a label: rename it, without , : or =")
     return texts, labels
+
+
+def label_name(label):
+    """1 and 1.0, as pandas writes whole numbers beside missing ones, are both `1`."""
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label) if whole else label).strip()
 
 
 if __name__ == "__main__":

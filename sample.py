@@ -8,6 +8,8 @@
 Texts go to standard output, notes to standard error.
 """
 
+from plumbing.config import check, check_positive, run
+
 import json
 import os
 import sys
@@ -18,11 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import DGLM, Sampling, parse_guide
-from plumbing.config import check, check_positive, run
 from plumbing.files import newest_model, write_file
+from plumbing.text import clean
 
 prefix = ""  # text to continue, or FILE:path for a file with one a line; empty: about anything
-guide = "none"  # none, or classes of the probes: negative (with its probe's weight), negative:30,sports:10
+guide = "none"  # none, or classes of probes: negative (with its probe's weight), negative:30,not-sports:40
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # longest text
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
@@ -62,18 +64,20 @@ def main(settings):
 
     options = sampling | {"batch_size": batch_size, "on_step": on_step}
     pairs = []
-    with progress:
+    try:
         texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, **options)
         for before, (text, proposal) in zip(rows, texts):
             progress.write(" ".join((before + text).split()))
             pairs.append((text, proposal))
-    if out:
-        write_file(out, "".join(json_lines(model, rows, pairs)))
+    finally:  # interrupted, it keeps what is written so far
+        progress.close()
+        if out and pairs:
+            write_file(out, "".join(json_lines(model, rows, pairs)))
 
 
 def read_prefixes():
     if not prefix.startswith("FILE:"):
-        return [prefix]
+        return [clean(prefix)]
     with open(prefix[5:], encoding="utf-8-sig") as f:
         prefixes = [line.strip() for line in f if line.strip()]
     check(prefixes, f"{prefix[5:]} holds no line of text")
@@ -85,8 +89,9 @@ def print_step(model, before, log_snr, e):
     rng = torch.Generator(model.device).manual_seed(seed + 1)  # its own, so that the text stays the same
     (words,) = model.write([before], e, max_new_tokens, Sampling(temperature=0), rng)
     shares = ""
-    for probe, label, _ in parse_guide(guide, model.probes):
-        shares += f"  {probe.classes[label]} {probe.log_prob(e[0])[label].exp():.2f}"
+    for each in parse_guide(guide, model.probes):
+        name = "not-" * each.away + each.probe.classes[each.label]
+        shares += f"  {name} {each.log_prob(e[0]).exp():.2f}"
     print(f"lambda {log_snr:6.1f}{shares}  {' '.join((before + words).split())}")
 
 

@@ -14,6 +14,8 @@ first, and only the continuation carries loss.
 The same command again continues an interrupted run from its last validation.
 """
 
+from plumbing.config import check, check_positive, run
+
 import math
 import os
 from dataclasses import asdict
@@ -25,11 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log_snr, diffuse, load_decoder
-from plumbing.config import check, check_positive, run
 from plumbing.data import Data
 from plumbing.decoders import source_sha256
 from plumbing.devices import autocast, generator_at, pick_device, precision
-from plumbing.files import load_checkpoint, save_weights, write_file
+from plumbing.files import load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
 
@@ -73,8 +74,10 @@ def main(settings):
     check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
     check_positive(settings, "learning_rate", "grad_clip", "noise_scale")
     check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
-    os.makedirs(out_dir, exist_ok=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    os.makedirs(out_dir, exist_ok=True)
+    if rank == 0:
+        _locked = lock(f"{out_dir}/.decoder.lock")  # until main ends
     check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -91,7 +94,7 @@ def main(settings):
     if resume and os.path.exists(path):
         checkpoint = load_checkpoint(path, made_with, device)
         start, history = checkpoint["step"], checkpoint["history"]
-        print(f"resuming {path} at step {start} of {max_iters}")
+        report_resuming(path, checkpoint, settings)
         trained.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
@@ -151,6 +154,7 @@ def main(settings):
                 save_weights(out_dir, "decoder", trained.state_dict(), meta)
             checkpoint = {
                 "made_with": made_with,
+                "settings": settings,
                 "step": step + 1,
                 "history": history,
                 "model": trained.state_dict(),

@@ -13,6 +13,8 @@ uses an exponential moving average (EMA) of the weights.
 The same command again continues an interrupted run from its last validation. No stage 1 is needed.
 """
 
+from plumbing.config import check, check_positive, run
+
 import copy
 import math
 import os
@@ -37,10 +39,9 @@ from model import (
     sample,
     velocity,
 )
-from plumbing.config import check, check_positive, run
 from plumbing.data import Data
 from plumbing.devices import autocast, generator_at, pick_device
-from plumbing.files import load_checkpoint, save_weights, write_file
+from plumbing.files import load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
 
@@ -81,8 +82,10 @@ def main(settings):
     check_positive(settings, "learning_rate", "grad_clip")
     for key in ("null_probability", "ema_decay"):
         check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
-    os.makedirs(out_dir, exist_ok=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    os.makedirs(out_dir, exist_ok=True)
+    if rank == 0:
+        _locked = lock(f"{out_dir}/.diffusion.lock")  # until main ends
     check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -105,7 +108,7 @@ def main(settings):
     if resume and os.path.exists(path):
         checkpoint = load_checkpoint(path, made_with, device)
         start, history = checkpoint["step"], checkpoint["history"]
-        print(f"resuming {path} at step {start} of {max_iters}")
+        report_resuming(path, checkpoint, settings)
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         bins.load_state_dict(checkpoint["bins"])
@@ -181,6 +184,7 @@ def main(settings):
                 save_weights(out_dir, "diffusion", ema.state_dict() | covariance._asdict(), meta)
             checkpoint = {
                 "made_with": made_with,
+                "settings": settings,
                 "step": step + 1,
                 "history": history,
                 "model": model.state_dict(),

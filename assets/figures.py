@@ -156,10 +156,10 @@ def watch():
     frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 2, figsize=(11.4, 4.2), width_ratios=(1, 9), subplot_kw=frame)
     for (ax, ax_words), guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
-        ((probe, label, _),) = nano.parse_guide(guide, MODEL.probes)
+        (parsed,) = nano.parse_guide(guide, MODEL.probes)
         ((text, _),) = MODEL.generate([start], guide, on_step=lambda *step: steps.append(step))
         for y, (prefixes, _, e) in enumerate(steps[-4:]):
-            ax.bar_label(ax.barh(y, probe.log_prob(e)[0, label].exp(), color=colour), fmt="%.2f", padding=2)
+            ax.bar_label(ax.barh(y, parsed.log_prob(e)[0].exp(), color=colour), fmt="%.2f", padding=2)
             (words,) = MODEL.write(prefixes, e, 32, likeliest, torch.Generator().manual_seed(1338))
             ax_words.text(0, y, start + words, va="center", size=9.5)
         ax_words.text(0, 4, start + text, va="center", size=9.5, weight="bold")

@@ -1,16 +1,40 @@
 """Tokenizers trained by others: the byte-level BPE of a tokenizer.json or a .gguf file."""
 
+from plumbing.config import InputError, check
+
 import glob
 import importlib.util
 import json
 import os
+from functools import lru_cache
 
-from plumbing.config import InputError, check
+import tokenizers
+
 from plumbing.files import hub_file
-from plumbing.text import GPT2_PATTERN
+from plumbing.text import GPT2_PATTERN, Tokenizer
 
 GGUF_SUPPORT = "pip install gguf accelerate"
 DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+GGUF_PATTERNS = {
+    "gpt-2": GPT2_PATTERN,
+    "smollm": DIGITS_APART,
+}  # by tokenizer.ggml.pre, gpt-2 if it is missing
+
+# text that tokenizers are known to split in different ways
+WORDS = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien 'quoted'|don't  'twas|e.g. U.S.A.
+1|12|1234567|in 1987|x1y22z333|  9|3.14|-1,000.50|2nd ½ ² ٣|50% $5 #tag|!? ... --|(a)[b]{c}|<b>&amp;</b>
+snake_case CamelCase|http://x.org/a_b?c=1&d|naïve café ÄÖß|Привет мир|مرحبا|e\u0301|中文 字符，。
+日本語 テキスト|한국어|😀👍🏽 🇩🇪"""
+AWKWARD = [
+    *WORDS.replace("\n", "|").split("|"),
+    "\n",
+    "\n\nnew\n",
+    "  \n x",
+    "x\r\ny",
+    "\n7\n8",
+    "\n 10",
+    "\t tab",
+]
 
 
 def gguf_path(name):
@@ -22,47 +46,45 @@ def gguf_path(name):
     return glob.glob(f"{os.path.dirname(package.origin)}/**/*.gguf", recursive=True)[0]
 
 
-def read_gguf(path):
-    """-> {token: its number}, merges in order, the pattern that splits text (None if unknown)."""
+@lru_cache(maxsize=1)
+def gguf_fields(path):
+    """The fields of a .gguf file. Raises InputError if it, or the package that reads it, is missing."""
     check(importlib.util.find_spec("gguf"), f"{path} needs a package that reads it: {GGUF_SUPPORT}")
     from gguf import GGUFReader
 
     try:
-        fields = GGUFReader(path).fields
+        return GGUFReader(path).fields
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path}: {e}") from None
+
+
+def read_gguf(path):
+    """-> {token: its number}, merges in order, and the pattern that splits text."""
+    fields = gguf_fields(path)
     check("tokenizer.ggml.merges" in fields, f"{path}: its tokenizer is not a byte-level BPE")
-    tokens, merges, kind = (fields[f"tokenizer.ggml.{k}"].contents() for k in ("tokens", "merges", "pre"))
-    pattern = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}.get(kind)
-    return {token: i for i, token in enumerate(tokens)}, merges, pattern
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    kind = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+    check(kind in GGUF_PATTERNS, f"{path}: the tokenizer {kind!r} is not supported")
+    return {token: i for i, token in enumerate(tokens)}, merges, GGUF_PATTERNS[kind]
 
 
 def read_json(path):
-    """The same from a tokenizer.json."""
-    with open(path, encoding="utf-8") as f:
-        whole = json.load(f)
-    vocabulary = whole["model"]["vocab"] | {token["content"]: token["id"] for token in whole["added_tokens"]}
-    steps = whole["pre_tokenizer"] or {"type": "none"}
+    """-> {token: its number}, merges in order, and the patterns that may be the one that splits text."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            whole = json.load(f)
+        vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is damaged, or not a byte-level BPE ({type(e).__name__}: {e})") from None
+    steps = whole["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    kind = " ".join(step["type"] for step in steps)
-    pattern = {"ByteLevel": GPT2_PATTERN, "Digits ByteLevel": DIGITS_APART}.get(kind)
-    if kind == "Split ByteLevel":
-        pattern = steps[0]["pattern"].get("Regex")
-    return vocabulary, whole["model"]["merges"], None if whole["normalizer"] else pattern
+    own = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", ())]
+    return vocabulary, merges, [GPT2_PATTERN, DIGITS_APART, *own]
 
 
-def read_bpe(name):
-    """The tokenizer of a decoder (see `GPT.from_pretrained`) -> ranks {bytes: rank} in merge order; the
-    numbers that the decoder gives these tokens and, last, <|endoftext|>; the pattern. Raises InputError.
-    """
-    path = gguf_path(name)
-    if path:
-        vocabulary, merges, pattern = read_gguf(path)
-    else:
-        path = f"{name}/tokenizer.json" if os.path.isdir(name) else hub_file(name, "tokenizer.json")
-        vocabulary, merges, pattern = read_json(path)
-    eot = next((token for token in ("<|endoftext|>", "<|end_of_text|>") if token in vocabulary), None)
-    check(pattern and eot, f"{path}: not a byte-level BPE of a kind known here")
+def merge_order(vocabulary, merges):
+    """-> ranks {bytes: rank} in merge order, and the numbers that the vocabulary gives these tokens."""
     # each byte is written as a printable character: itself, or one from 256 on
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     rest = [b for b in range(256) if b not in printable]
@@ -71,4 +93,38 @@ def read_bpe(name):
     merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     order = list(dict.fromkeys(single + merged))
     ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(order)}
-    return ranks, [vocabulary[token] for token in (*order, eot)], pattern
+    return ranks, [vocabulary[token] for token in order]
+
+
+def read_bpe(name):
+    """The tokenizer of a decoder (see `GPT.from_pretrained`) -> ranks {bytes: rank} in merge order; the
+    numbers that the decoder gives these tokens and, last, <|endoftext|>; the pattern that splits text.
+
+    Raises InputError if it is damaged or of another kind, or if it splits awkward text in another way.
+    """
+    path = gguf_path(name)
+    if path:
+        vocabulary, merges, pattern = read_gguf(path)
+    else:
+        path = f"{name}/tokenizer.json" if os.path.isdir(name) else hub_file(name, "tokenizer.json")
+        vocabulary, merges, patterns = read_json(path)
+    eot = next((token for token in ("<|endoftext|>", "<|end_of_text|>") if token in vocabulary), None)
+    check(eot, f"{path}: it has no token <|endoftext|> or <|end_of_text|>")
+    try:
+        ranks, order = merge_order(vocabulary, merges)
+    except KeyError as e:
+        raise InputError(f"{path} is not a byte-level BPE: it has the token {e}") from None
+    if not path.endswith(".gguf"):
+        theirs = tokenizers.Tokenizer.from_file(path)
+        pattern = next((p for p in patterns if splits_alike(Tokenizer(ranks, p), order, theirs)), None)
+        check(pattern, f"{path}: it splits text in a way that is not supported")
+    return ranks, [*order, vocabulary[eot]], pattern
+
+
+def splits_alike(ours, order, theirs):
+    """Whether both make the same tokens of awkward text; order: the numbers of our tokens in theirs."""
+    for text in AWKWARD:
+        tokens = [order[token] for token in ours.encode_ordinary(text)]
+        if tokens != theirs.encode(text, add_special_tokens=False).ids:
+            return False
+    return True

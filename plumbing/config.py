@@ -20,6 +20,7 @@ import os
 import re
 import sys
 
+LARGEST_SEED = 4_000_000_000  # what numpy, scikit-learn and torch all accept, with room for seed + 1, ...
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
 
@@ -32,6 +33,17 @@ def check(holds, message):
     """Raises InputError(message) unless `holds`."""
     if not holds:
         raise InputError(message)
+
+
+def exit_quietly(kind, error, traceback):
+    """Ctrl-C while libraries are still loading: one line in place of their traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = exit_quietly
 
 
 def check_positive(settings, *keys):
@@ -144,7 +156,8 @@ def run(main, variables, arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         variables.update(parse_arguments(arguments, script, comments, defaults))
-        check(variables["seed"] >= 0, f"seed={variables['seed']}: must be 0 or above")
+        in_range = 0 <= variables["seed"] <= LARGEST_SEED
+        check(in_range, f"seed={variables['seed']}: must be from 0 to {LARGEST_SEED}")
         return main({key: variables[key] for key in comments})
     except InputError as e:
         message, status = e, 2
@@ -153,10 +166,15 @@ def run(main, variables, arguments=None):
     except UnicodeDecodeError as e:
         message, status = f"a file that was given is not text in UTF-8: {e}", 2
     except RuntimeError as e:
-        if "out of memory" not in str(e) and "allocate memory" not in str(e):
+        if "C++ compiler" in str(e):
+            message, status = "--compile needs a C++ compiler: install one, or leave it out", 2
+        elif "out of memory" in str(e) or "allocate memory" in str(e):
+            message, status = "out of memory: lower --batch_size or the sizes", 2
+        else:
             raise
-        message, status = "out of memory: lower --batch_size or the sizes", 2
     except KeyboardInterrupt:
-        message, status = "interrupted: the same command continues from the last checkpoint, if any", 130
+        goes_on = script in ("prepare", "train_decoder", "train_diffusion", "eval")
+        message, status = "interrupted", 130
+        message += ": the same command continues from what is saved" if goes_on else ""
     print(f"{script}.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)

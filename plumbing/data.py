@@ -1,5 +1,7 @@
 """What prepare.py wrote, read as memory maps."""
 
+from plumbing.config import InputError, check
+
 import json
 import os
 from functools import lru_cache
@@ -8,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.config import InputError, check
 from plumbing.text import read_ranks
 
 DATA_FORMAT = 4  # of data/NAME
@@ -20,7 +21,9 @@ def data_name(dataset):
 
     Several paths give one name: `reviews.jsonl.gz,news.jsonl.gz` -> reviews+news.
     """
-    return "+".join(os.path.basename(os.path.normpath(path)).split(".")[0] for path in dataset.split(","))
+    names = [os.path.basename(os.path.abspath(path)).split(".")[0] for path in dataset.split(",")]
+    check(all(names), f"--dataset {dataset}: a file or folder needs a name, before any dot")
+    return "+".join(names)
 
 
 class Data:

@@ -3,6 +3,8 @@
 Weights get the names of `model.GPT`, and tokens are numbered in merge order, with <|endoftext|> last.
 """
 
+from plumbing.config import InputError, check
+
 import glob
 import os
 import sys
@@ -10,8 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from plumbing.bpe import gguf_path, read_bpe
-from plumbing.config import InputError, check
+from plumbing.bpe import gguf_fields, gguf_path, read_bpe
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
 
 LLAMA_CONFIG = {  # a field of GPTConfig: its name in transformers
@@ -76,27 +77,57 @@ def convert(name, path):
     """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
     from transformers import AutoModelForCausalLM
 
-    folder, options = path, {}
+    folder, options = path, {"dtype": torch.float32, "output_loading_info": True}
     if not os.path.isdir(path):
         folder, options["gguf_file"] = os.path.split(os.path.abspath(path))
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    except (ImportError, OSError, ValueError) as e:
-        raise InputError(f"cannot load {name}: {e}") from None
-    kind = theirs.config.model_type
+        theirs, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as e:  # whatever a damaged file makes transformers, safetensors and gguf raise
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise InputError(f"cannot load {name}, which may be incomplete: {why}") from None
+    for problem in ("missing", "unexpected", "mismatched"):  # transformers initialises these at random
+        keys = sorted(map(str, report.get(f"{problem}_keys", ())))
+        check(not keys, f"{name}: {len(keys)} weights are {problem}, such as {', '.join(keys[:2])}")
+    kind, tensors = theirs.config.model_type, theirs.state_dict()
     check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
-    config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, theirs.state_dict())
+    if "gguf_file" in options and "llama.attention.head_count_kv" not in gguf_fields(path):
+        tensors = {key: rotate_halves(key, w, theirs.config) for key, w in tensors.items()}
+    config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, tensors)
     if not os.path.isdir(path) or os.path.exists(f"{path}/tokenizer.json"):
         _, order, _ = read_bpe(path)
+        fits = max(order) < len(weights["wte.weight"])
+        check(fits, f"{name}: its tokenizer has {max(order) + 1} tokens, its embedding fewer")
         config["vocab_size"] = len(order)
         for key in weights.keys() & {"wte.weight", "lm_head.weight"}:
             weights[key] = weights[key][order]
     return config, weights
 
 
+def rotate_halves(key, w, config):
+    """Queries and keys of a .gguf file hold pairs that rotate together as neighbours; transformers, and we,
+    half a head apart. transformers moves them only if the optional field head_count_kv is there.
+    """
+    if not key.endswith(("q_proj.weight", "k_proj.weight")):
+        return w
+    return w.view(config.num_attention_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def refuse(name, features):
+    """Raises InputError for the first of {feature: whether it has it} that our GPT does not implement."""
+    for feature, found in features.items():
+        check(not found, f"{name}: {feature} is not supported")
+
+
 def from_gpt2(name, theirs, tensors):
     """transformers' configuration and tensors -> the fields of GPTConfig, weights by our names."""
-    check(theirs.activation_function == "gelu_new" and not theirs.n_inner, f"{name} is not a plain GPT-2")
+    features = {
+        f"the activation {theirs.activation_function}": theirs.activation_function != "gelu_new",
+        "a feed-forward of another width": theirs.n_inner not in (None, 4 * theirs.n_embd),
+        "scale_attn_weights=False": not theirs.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": theirs.scale_attn_by_inverse_layer_idx,
+        "an untied output layer": not theirs.tie_word_embeddings,
+    }
+    refuse(name, features)
     sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     config = {size: getattr(theirs, size) for size in sizes} | {"norm_eps": theirs.layer_norm_epsilon}
     weights = {k.removeprefix("transformer."): w for k, w in tensors.items() if k != "lm_head.weight"}
@@ -110,10 +141,15 @@ def from_llama(name, theirs, tensors):
     """transformers' configuration and tensors -> the fields of GPTConfig, weights by our names."""
     rope = getattr(theirs, "rope_parameters", None)
     rope = rope or {"rope_theta": theirs.rope_theta, **(theirs.rope_scaling or {})}
-    plain = rope.get("rope_type", "default") == "default" and theirs.hidden_act == "silu"
-    plain = plain and not theirs.attention_bias and not theirs.mlp_bias
-    plain = plain and theirs.head_dim * theirs.num_attention_heads == theirs.hidden_size
-    check(plain, f"{name} is not a plain Llama")
+    rope_type = rope.get("rope_type", "default")
+    features = {
+        f"rope scaling ({rope_type})": rope_type != "default",
+        f"the activation {theirs.hidden_act}": theirs.hidden_act != "silu",
+        "attention with biases": theirs.attention_bias,
+        "a feed-forward with biases": theirs.mlp_bias,
+        "a head width of its own": theirs.head_dim * theirs.num_attention_heads != theirs.hidden_size,
+    }
+    refuse(name, features)
     config = {field: getattr(theirs, theirs_name) for field, theirs_name in LLAMA_CONFIG.items()}
     config["rope_theta"] = rope["rope_theta"]
     weights = {"wte.weight": tensors["model.embed_tokens.weight"]}

@@ -22,13 +22,15 @@ class Reader:
 
     prompts: lists of tokens, of any lengths (shorter ones are padded on the left). soft_prompt: None, or
     (B, K, n_embd), inserted after each prompt, or before it with soft_first. eot_row: see `GPT.forward`.
-    Raises InputError if the prompts leave no room for max_new_tokens.
+    An empty prompt without soft tokens becomes <|endoftext|>. Raises InputError if there is no room.
     """
 
     @torch.no_grad()
     def __init__(self, gpt, prompts, max_new_tokens, soft_prompt=None, soft_first=False, eot_row=None):
         device, B = next(gpt.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
+        if K == 0:  # the first token must follow something
+            prompts = [prompt or [gpt.config.vocab_size - 1] for prompt in prompts]
         T = max(map(len, prompts))
         gpt.check_room(T, K, max_new_tokens)
         T = max(T, 1)  # a column to begin with, even if it is padding
@@ -72,10 +74,13 @@ def pick(logits, seen, sampling, rng):
     logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.temperature < 1e-6:
         return logits.argmax(-1)
-    likeliest, tokens = logits.topk(min(sampling.top_k or vocab_size, vocab_size))
+    k = min(sampling.top_k or vocab_size, vocab_size)
+    if k == vocab_size and sampling.top_p == 1:  # the order does not matter, and takes long to find
+        return torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=rng).squeeze(1)
+    likeliest, tokens = logits.topk(k)
     p = (likeliest / sampling.temperature).softmax(-1)  # (B, k), falling
-    likelier = p.cumsum(-1) - p
-    p = p.masked_fill(likelier >= sampling.top_p, 0.0)  # keeps the fewest tokens that make up top_p
+    if sampling.top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)  # keeps the fewest that make up top_p
     return tokens.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1)
 
 

@@ -1,12 +1,12 @@
 """Devices, precision, and random numbers that need no state."""
 
+from plumbing.config import InputError
+
 import os
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-
-from plumbing.config import InputError
 
 
 def generator_at(device, *numbers):

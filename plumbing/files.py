@@ -3,6 +3,8 @@
 A file is written under a temporary name and then renamed. A damaged one is named, never loaded.
 """
 
+from plumbing.config import ROOT, InputError, check
+
 import glob
 import gzip
 import hashlib
@@ -14,8 +16,6 @@ from contextlib import suppress
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-
-from plumbing.config import ROOT, InputError, check
 
 FORMAT = 4  # of .safetensors
 
@@ -30,10 +30,25 @@ def write_file(path, content):
             else:
                 f.write(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises its own kind when the disk is full
+    except (OSError, RuntimeError) as e:
         with suppress(OSError):
             os.remove(temporary)
-        raise InputError(f"cannot write {path}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else "is the disk full?"  # torch.save does not say
+        raise InputError(f"cannot write {path}: {why}") from None
+
+
+def lock(path):
+    """Opens a file that no other process can lock as long as it stays open. Raises InputError."""
+    handle = open(path, "w")
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has none
+        pass
+    except OSError:
+        raise InputError(f"another run is writing to {os.path.dirname(path)}: stop it, or wait") from None
+    return handle
 
 
 def sha256(path):
@@ -45,12 +60,12 @@ def read_rows(path, *fields):
     """The rows of a .jsonl or .jsonl.gz file, which must have these fields. Raises InputError."""
     number = 0
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     row = json.loads(line)
                     for field in fields:
-                        kind = str | int if field == "label" else str
+                        kind = str | int | float if field == "label" else str
                         whole = isinstance(row, dict) and isinstance(row.get(field), kind)
                         check(whole, f'{path}, line {number}: no field "{field}" with a string')
                     yield row
@@ -128,6 +143,15 @@ def load_checkpoint(path, made_with, device):
     changed = ", ".join(key for key, value in made_with.items() if checkpoint["made_with"].get(key) != value)
     check(not changed, f"{path} was made with another {changed}: give an --out_dir, or --resume=False")
     return checkpoint
+
+
+def report_resuming(path, checkpoint, settings):
+    """Prints where a training goes on, and which of its settings are not those of the checkpoint."""
+    step, max_iters, before = checkpoint["step"], settings["max_iters"], checkpoint["settings"]
+    print(f"resuming {path} at step {step} of {max_iters}{': nothing left to do' * (step >= max_iters)}")
+    for key in sorted(set(settings) - {"out_dir", "device", "resume", "init_from"}):
+        if settings[key] != before.get(key):
+            print(f"  {key} was {before.get(key)!r} and is now {settings[key]!r}")
 
 
 def newest_model():

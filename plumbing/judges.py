@@ -3,20 +3,23 @@
 A judge fitted by probes.py --judge travels as plain arrays. Others are classifiers of the hub, and a lexicon.
 """
 
+from plumbing.config import InputError, check
+
 import importlib.util
 import os
 from functools import partial
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from plumbing.bpe import gguf_path
-from plumbing.config import InputError, check
+from plumbing.bpe import gguf_path, read_gguf
 from plumbing.devices import autocast
 from plumbing.files import write_file
 
@@ -87,8 +90,13 @@ class LanguageModel:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-        except (ImportError, OSError, ValueError) as e:
-            raise InputError(f"--judge_lm: cannot load {name}: {e}") from None
+        except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
+            why = str(e).strip().partition("\n")[0]
+            raise InputError(f"--judge_lm: cannot load {name}: {why}") from None
+        if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
+            splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
+            whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])
+            self.tokenizer.backend_tokenizer.pre_tokenizer = whole
         self.model, self.device = model.to(device).eval(), device
 
     @torch.no_grad()

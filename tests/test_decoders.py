@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_decoders.py
 """
 
+from plumbing.config import InputError
+
 import importlib.util
 import json
 import os
@@ -20,7 +22,6 @@ from tokenizers import pre_tokenizers
 
 from model import GPT
 from plumbing.bpe import gguf_path, read_bpe
-from plumbing.config import InputError
 from plumbing.files import load_weights
 from plumbing.text import Tokenizer
 from plumbing.toy import toy_documents
@@ -37,13 +38,12 @@ SPLITTERS = {"gpt-2": BYTES, "smollm": DIGITS, "of its own": LETTERS}
 
 
 def train_bpe(splitter, folder):
-    """A byte-level BPE of the toy's text; its special token is first, and it lacks what no text has."""
+    """A byte-level BPE of the toy's text, with its special token first and a token for every byte."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = splitter
     texts = [text for text, _ in zip((t for t, *_ in toy_documents(0)), range(300))]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False
-    )
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], **options)
     bpe.train_from_iterator([*texts, "1999 2024's", "emoji 🎬"], trainer)
     os.makedirs(folder, exist_ok=True)
     bpe.save(f"{folder}/tokenizer.json")
@@ -61,7 +61,6 @@ def bpes(request, tmp_path_factory):
 
 @given(st.text() | st.text("ab 019\n'!é🎬"))
 def test_any_text_is_cut_to_the_tokens_of_the_tokenizers_library(bpes, text):
-    """Bytes that have no token are left out by both."""
     theirs, ours, ids = bpes
     text = text.encode("utf-8", "replace").decode()
     assert [ids[token] for token in ours.encode_ordinary(text)] == theirs.encode(text).ids

@@ -31,7 +31,7 @@ SIZES = """
 out_dir = "out/toy"
 judges = "judges/sentiment.npz,judges/topic.npz"
 judge_lm = "judge_lm"
-num_texts = 24
+num_texts = 48
 prefix_tokens = 10
 new_tokens = 12
 cfg_scales = "1,3"
@@ -110,7 +110,7 @@ def judge_lm(tmp_path_factory):
 
 
 def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
-    """In batches of several lengths as one by one in transformers, whatever the text; an empty one costs 0."""
+    """In batches of several lengths as one by one in transformers, whatever the text, even none."""
     prefixes, written = ["The food", "A much longer prefix than that", ""], [" was good", "", "<|endoftext|>"]
     nats, tokens, features = LanguageModel(str(judge_lm), "cpu").read(prefixes, written, batch_size=2)
     model = transformers.AutoModelForCausalLM.from_pretrained(judge_lm).eval()
@@ -173,8 +173,8 @@ def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a):
         return tokens[0, -8:].tolist()
 
     readers = [Reader(base, prompts, 8, eot_row=eot_row), *([Reader(gpt, prompts, 8)] for gpt in gpts[1:])]
-    greedy = Sampling(temperature=0, repetition_penalty=1)
-    rows = decode(dexperts_logits(*readers, a, 0.9), 8, greedy)
+    greedy = Sampling(temperature=0, top_k=0, top_p=0.9, repetition_penalty=1)
+    rows = decode(dexperts_logits(*readers, a, greedy), 8, greedy)
     assert rows == [by_hand(torch.tensor([prompt])) for prompt in prompts]
 
 
@@ -192,7 +192,7 @@ CONTROL = "eval.py config/small.py --task control --results"
 
 @pytest.fixture(scope="module")
 def evaluated(project, judge_lm):
-    """The project after every task has run, and what they printed, with judges on other texts than the probes'.
+    """The project after every task has run, and what they printed. Judges and probes share no text.
 
     In killed/, one task was killed and run again.
     """
@@ -222,7 +222,7 @@ def test_every_task_writes_its_lines_and_prints_its_table(evaluated, name):
     made_with, lines = read(project, name)
     assert made_with["seed"] == 1337 and len(made_with["decoder.safetensors"]) == 64
     assert [(line["row"], line["seed"]) for line in lines] == list(product(ROWS[name], (1337, 1338)))
-    count = {"generation": 24, "noise": 24, "control": 8, "compose": 8, "runtime": 0}[name]
+    count = {"generation": 48, "noise": 48, "control": 8, "compose": 8, "runtime": 0}[name]
     assert name == "runtime" or (project / f"results/{name}.png").stat().st_size > 10_000
     for line in lines:
         assert f"\n| {line['row']} |" in said and len(line["texts"]) == count
@@ -272,7 +272,7 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
         ("--task control --judges judges/topic.npz", "none of judges/topic.npz knows 'negative'"),
         ("--task control --guidance_weights 5,x", "must be numbers"),
         ("--task control --sigma2 0.1 --results results", "made with other sigma2"),
-        ("--task noise --noise_levels 0,2", "sigma2=2.0: must be from 0"),
+        ("--task noise --sigma2s 0,2", "sigma2=2.0: must be from 0"),
         ("--task compose --pairs negative", "--pairs negative: write negative+sports"),
         ("--task noise --judge_lm config", "cannot load config"),
         ("--task control --judges nowhere.npz", "cannot read nowhere.npz"),

@@ -1,5 +1,7 @@
 """Files are whole or absent, and named where damaged. Run: python -m pytest tests/test_files.py"""
 
+from plumbing.config import InputError
+
 import os
 import resource
 from functools import partial
@@ -11,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Probe
-from plumbing.config import InputError
 from plumbing.data import Data
 from plumbing.files import (
     load_checkpoint,

