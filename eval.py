@@ -20,8 +20,10 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,7 +102,7 @@ def scores(judges, label, texts):
 
 @dataclass(eq=False)
 class Bench:
-    """What the tasks need, all loaded first, so that whatever is missing is reported before the work."""
+    """What the tasks need, loaded first, so that anything missing is reported before work starts."""
 
     model: DGLM
     lm: LanguageModel
@@ -149,13 +151,14 @@ class Results:
     def missing(self, rows):
         """Yields the (row, seed) that have no line yet."""
         done = {(line["row"], line["seed"]) for line in self.lines}
-        for row, at in tqdm([(row, seed + r) for row in rows for r in range(seeds)], self.path):
-            if (row, at) not in done:
-                yield row, at
+        every = [(row, seed + r) for row in rows for r in range(seeds)]
+        for row, run_seed in tqdm(every, self.path):
+            if (row, run_seed) not in done:
+                yield row, run_seed
 
-    def add(self, row, at, figures, texts):
+    def add(self, row, run_seed, figures, texts):
         figures = {name: float(value) for name, value in figures.items()}
-        self.lines.append({"row": row, "seed": at, "figures": figures, "texts": texts})
+        self.lines.append({"row": row, "seed": run_seed, "figures": figures, "texts": texts})
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in (self.made_with, *self.lines)))
 
     def table(self):
@@ -208,20 +211,20 @@ def continue_held_out(bench, book, sampling, settings):
     model, sampling = bench.model, replace(sampling, may_end=False)  # as in the paper
     prefixes, truths, true_e = held_out(model)
     _, true_features = measure(bench, prefixes, [(truth, None) for truth in truths])
-    for row, at in book.missing(["reference", *settings]):
+    for row, run_seed in book.missing(["reference", *settings]):
         here = replace(sampling, **settings.get(row, {}))
         if row == "reference":
             pairs = [(truth, None) for truth in truths]
         elif row.startswith(("true", "plain")):  # conditioned on the truth, or on nothing but noise
-            rng, texts = generator_at(model.device, at), []
+            rng, texts = generator_at(model.device, run_seed), []
             for part in batches(prefixes):
                 texts += model.write(prefixes[part], true_e[part], new_tokens, here, rng)
             pairs = list(zip(texts, true_e))
         else:
-            pairs, _ = draw(model, tuple(prefixes), "none", new_tokens, at, here)
+            pairs, _ = draw(model, tuple(prefixes), "none", new_tokens, run_seed, here)
         figures, features = measure(bench, prefixes, pairs)
-        same = compute_mauve(features, true_features, seed=at, verbose=False).mauve
-        book.add(row, at, {"MAUVE": same} | figures, [text for text, _ in pairs])
+        mauve = compute_mauve(features, true_features, seed=run_seed, verbose=False).mauve
+        book.add(row, run_seed, {"MAUVE": mauve} | figures, [text for text, _ in pairs])
 
 
 def generation(bench, book, sampling):
@@ -240,107 +243,116 @@ def noise(bench, book, sampling):
 
 
 # ---------- Steered text: control and compose ---------------------------------------------------------------
-# Each way to steer gives pairs (text, proposal), and the seconds they took.
+
+
+class Way(NamedTuple):
+    """A way to steer: `write(bench, prefixes, guide, strength, run_seed, sampling)` -> pairs, seconds."""
+
+    write: Callable
+    guide: str  # classes of the probes, with commas between them
+    strength: object  # where the guide's gradient goes, n, a, or nothing
 
 
 @cache  # unguided texts serve every attribute
-def draw(model, prefixes, guide, count, at, sampling):
+def draw(model, prefixes, guide, count, run_seed, sampling):
     """DGLM's pairs (text, proposal) for a tuple of prefixes, and the seconds they took."""
     options = asdict(sampling) | {"batch_size": batch_size}
-    return timed(lambda: list(model.generate(list(prefixes), guide, 1, count, at, **options)))
+    return timed(lambda: list(model.generate(list(prefixes), guide, 1, count, run_seed, **options)))
 
 
-def by_guide(bench, prefixes, guide, through, at, sampling):
-    return draw(bench.model, prefixes, guide, control_tokens, at, replace(sampling, guide_through=through))
+def by_guide(bench, prefixes, guide, through, run_seed, sampling):
+    sampling = replace(sampling, guide_through=through)
+    return draw(bench.model, prefixes, guide, control_tokens, run_seed, sampling)
 
 
-def by_best_of_n(bench, prefixes, guide, n, at, sampling):
-    drafts = [draw(bench.model, prefixes, "none", control_tokens, at + 1000 * k, sampling) for k in range(n)]
+def by_best_of_n(bench, prefixes, guide, n, run_seed, sampling):
+    seeds_of = [run_seed + 1000 * k for k in range(n)]
+    drafts = [draw(bench.model, prefixes, "none", control_tokens, each, sampling) for each in seeds_of]
     chosen, seconds = timed(lambda: peers.best_of_n(bench.model, [draft for draft, _ in drafts], guide))
     return chosen, seconds + sum(each for _, each in drafts)
 
 
-def by_experts(bench, prefixes, guide, a, at, sampling):
-    rng, experts = generator_at(bench.model.device, at), [bench.experts[label] for label in guide.split(",")]
+def by_experts(bench, prefixes, guide, a, run_seed, sampling):
+    rng, pairs = generator_at(bench.model.device, run_seed), [bench.experts[c] for c in guide.split(",")]
 
     def write():
         for part in batches(prefixes):
-            yield from peers.dexperts(bench.model, prefixes[part], experts, a, control_tokens, sampling, rng)
+            yield from peers.dexperts(bench.model, prefixes[part], pairs, a, control_tokens, sampling, rng)
 
     return timed(lambda: [(text, None) for text in write()])
 
 
-def by_prompt(bench, prefixes, guide, _, at, sampling):
+def by_prompt(bench, prefixes, guide, _, run_seed, sampling):
+    torch.manual_seed(run_seed)
+
     def write():
-        classes = guide.split(",")
-        for number, part in enumerate(batches(prefixes)):
-            seed_of_part = at + 1000 * number
-            yield from peers.prompting(
-                bench.lm, prefixes[part], classes, control_tokens, sampling, seed_of_part
-            )
+        for part in batches(prefixes):
+            yield from peers.prompting(bench.lm, prefixes[part], guide.split(","), control_tokens, sampling)
 
     return timed(lambda: [(text, None) for text in write()])
 
 
-def peer_rows(bench, labels, sampling):
-    """{name: (way, its strength)}: what else steers to these classes, as far as it is available."""
-    ways = {f"best of {n:g}": (by_best_of_n, int(n)) for n in numbers(best_of)}
-    if set(labels) <= set(bench.experts):
-        ways |= {f"DExperts {a:g}": (by_experts, a) for a in numbers(expert_weights)}
+def alternatives(bench, classes):
+    """{name: Way} of the peers that are available for these classes."""
+    guide = ",".join(classes)
+    ways = {f"best of {n:g}": Way(by_best_of_n, guide, int(n)) for n in numbers(best_of)}
+    if set(classes) <= set(bench.experts):
+        ways |= {f"DExperts {a:g}": Way(by_experts, guide, a) for a in numbers(expert_weights)}
     if bench.lm.tokenizer.chat_template:
-        ways["prompted"] = by_prompt, None
+        ways["prompted"] = Way(by_prompt, guide, None)
     return ways
 
 
 def steer(bench, book, sampling, rows):
-    """The rows of control and compose. rows: {name: (classes, guide, way, its strength)}."""
+    """The rows of control and compose. rows: {name: (classes, Way)}."""
     by_guide(bench, ("It",), "none", "estimate", seed, sampling)  # warms up, which is not part of the seconds
 
     @cache  # several rows may show the same texts
-    def write(begun, guide, way, strength, at):
-        prefixes = tuple(prefix for prefix in begun.split("|") for _ in range(num_samples))
-        written, seconds = way(bench, prefixes, guide, strength, at, sampling)
+    def write(prompt_text, way, run_seed):
+        prefixes = tuple(prefix for prefix in prompt_text.split("|") for _ in range(num_samples))
+        written, seconds = way.write(bench, prefixes, way.guide, way.strength, run_seed, sampling)
         texts, (figures, _) = [text for text, _ in written], measure(bench, prefixes, written)
         figures["Dist-3"] = distinct(np.reshape(texts, (-1, num_samples)), 3)  # within the texts of a prompt
         return texts, figures | {"seconds": seconds / len(texts)}
 
-    for row, at in book.missing(rows):
-        labels, *how = rows[row]
-        begun = rude_prompts if rude_prompts and labels == ["nontoxic"] else prompts
-        texts, figures = write(begun, *how, at)
-        by_label = [scores(bench.judges, label, texts) for label in labels]
-        if len(labels) == 1:
-            each = {f"share {judge}": (p > 0.5).mean() for judge, p in by_label[0].items()}
+    for row, run_seed in book.missing(rows):
+        classes, way = rows[row]
+        texts, figures = write(
+            rude_prompts if rude_prompts and classes == ["nontoxic"] else prompts, way, run_seed
+        )
+        by_class = [scores(bench.judges, label, texts) for label in classes]
+        if len(classes) == 1:
+            each = {f"share {judge}": (p > 0.5).mean() for judge, p in by_class[0].items()}
             shares = {"share": np.mean(list(each.values()))} | each
         else:  # a text has a class if the mean of its judges says so
-            first, second = (np.mean(list(each.values()), axis=0) > 0.5 for each in by_label)
+            first, second = (np.mean(list(each.values()), axis=0) > 0.5 for each in by_class)
             shares = {"both": (first & second).mean(), "first": first.mean(), "second": second.mean()}
-        book.add(row, at, shares | figures, texts)
+        book.add(row, run_seed, shares | figures, texts)
 
 
 def control(bench, book, sampling):
     """Figures 5 and 6: attribute and fluency against the weight of the guide, and the alternatives."""
     rows = {}
     for label in items(attributes):
-        rows[f"{label}: weight 0"] = [label], "none", by_guide, "estimate"
+        rows[f"{label}: weight 0"] = [label], Way(by_guide, "none", "estimate")
         for through in items(guide_through):
             name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
-                rows[f"{label}: {name} {w:g}"] = [label], f"{label}:{w:g}", by_guide, through
-        for name, way in peer_rows(bench, [label], sampling).items():
-            rows[f"{label}: {name}"] = [label], label, *way
+                rows[f"{label}: {name} {w:g}"] = [label], Way(by_guide, f"{label}:{w:g}", through)
+        for name, way in alternatives(bench, [label]).items():
+            rows[f"{label}: {name}"] = [label], way
     steer(bench, book, sampling, rows)
 
 
 def compose(bench, book, sampling):
     """Table 3: two attributes at once, and each alone."""
     rows = {}
-    for pair in (pair.split("+") for pair in items(pairs)):
-        name, both = "+".join(pair), ",".join(pair)
-        for guide in ("none", *pair, both):
-            rows[f"{name}: {guide}"] = pair, guide, by_guide, sampling.guide_through
-        for way, how in peer_rows(bench, pair, sampling).items():
-            rows[f"{name}: {way}"] = pair, both, *how
+    for pair in items(pairs):
+        classes = pair.split("+")
+        for guide in ("none", *classes, ",".join(classes)):
+            rows[f"{pair}: {guide}"] = classes, Way(by_guide, guide, sampling.guide_through)
+        for name, way in alternatives(bench, classes).items():
+            rows[f"{pair}: {name}"] = classes, way
     steer(bench, book, sampling, rows)
 
 
@@ -356,18 +368,18 @@ def timed(f):
     return out, time.perf_counter() - begin
 
 
-def parts_of(model, batch, count, at, sampling):
+def parts_of(model, batch, count, run_seed, sampling):
     """{part: a function that does it}, for a batch of one prompt and `count` new tokens."""
-    rng, device = generator_at(model.device, at), model.device
-    prefix, label, no_prefix = prompts.split("|")[0], items(attributes)[0], [""] * batch
+    rng, device = generator_at(model.device, run_seed), model.device
+    prefix, label, empty = prompts.split("|")[0], items(attributes)[0], [""] * batch
     tokens, generator = [model.tokenizer.encode_ordinary(prefix)] * batch, model.decoder.generator
     x, alpha2 = torch.zeros(batch, len(model.mean), device=device), torch.ones(batch, device=device)
     soft = {"soft_prompt": generator(x, alpha2), "soft_first": model.decoder.soft_first}
     soft["eot_row"] = generator.eot_row
     return {
         "encode": lambda: model.encode([prefix] * batch),
-        "diffuse": lambda: model.propose(no_prefix, "none", sampling, rng),
-        "diffuse, guided": lambda: model.propose(no_prefix, label, sampling, rng),
+        "diffuse": lambda: model.propose(empty, "none", sampling, rng),
+        "diffuse, guided": lambda: model.propose(empty, label, sampling, rng),
         "prompt": lambda: generator(x, alpha2),
         "decode": lambda: model.decoder.gpt.generate(tokens, count, sampling, rng=rng, **soft),
     }
@@ -381,15 +393,15 @@ def runtime(bench, book, sampling):
     sizes = [(int(b), int(n)) for b in numbers(batch_sizes) for n in numbers(lengths) if n <= room]
     check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
     rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}
-    for row, at in book.missing(rows):
+    for row, run_seed in book.missing(rows):
         batch, count = rows[row]
-        parts = parts_of(bench.model, batch, count, at, sampling)
+        parts = parts_of(bench.model, batch, count, run_seed, sampling)
         for part in parts.values():  # to warm up
             part()
         figures = {name: timed(part)[1] / batch for name, part in parts.items()}
         every = sum(figures[part] for part in ("encode", "diffuse, guided", "prompt", "decode"))
         figures["relative"] = every / figures["decode"]
-        book.add(row, at, figures, [])
+        book.add(row, run_seed, figures, [])
 
 
 TASKS = {f.__name__: f for f in (generation, noise, control, compose, runtime)}
@@ -427,7 +439,7 @@ def main(settings):
     model = DGLM(folder, device)
     labels = items(attributes) if "control" in wanted else []
     labels += items(pairs.replace("+", ",")) if "compose" in wanted else []
-    parse_guide(",".join(labels), model.probes)  # reports at once if no probe has that class
+    parse_guide(",".join(labels or items(attributes)), model.probes)  # reports at once what no probe has
 
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]

@@ -113,7 +113,7 @@ class NoiseBins(nn.Module):
 
 # ---------- The transformer of prompt generator and diffusion: not causal, conditioned on the noise level ---
 
-HEAD = 64  # width of an attention head, throughout
+HEAD = 64  # width of an attention head, in both
 
 
 def modulate(h, scale_shift):
@@ -122,15 +122,14 @@ def modulate(h, scale_shift):
     return torch.addcmul(shift, h, 1 + scale)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """h / rms(h) * weight, in fp32."""
 
     def __init__(self, d):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        super().__init__(d, eps=1e-12)
 
     def forward(self, h):
-        return F.rms_norm(h.float(), h.shape[-1:], self.weight, 1e-12)
+        return super().forward(h.float())
 
 
 class TimeEmbedding(nn.Module):
@@ -300,9 +299,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n_kv_head, gpt2 = config.n_kv_head or config.n_head, not config.rope_theta
-        self.head, self.groups = config.n_embd // config.n_head, config.n_head // n_kv_head
-        self.sizes = [config.n_embd, n_kv_head * self.head, n_kv_head * self.head]  # of q, k, v
+        self.n_kv_head, gpt2 = config.n_kv_head or config.n_head, not config.rope_theta
+        self.head, self.groups = config.n_embd // config.n_head, config.n_head // self.n_kv_head
+        self.sizes = [config.n_embd, self.n_kv_head * self.head, self.n_kv_head * self.head]  # of q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=gpt2)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=gpt2)
 
@@ -313,7 +312,7 @@ class CausalSelfAttention(nn.Module):
         if rotation:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if kv is not None:  # the cache (2, B, n_kv_head, longest, head): write T columns, read all so far
-            kv[:, :, :, filled - T : filled] = torch.stack((k, v))  # in one, or torch.compile copies it all
+            kv[:, :, :, filled - T : filled] = torch.stack((k, v))
             k, v = kv[:, :, :, :filled]
         if self.groups > 1 and T == 1:  # the queries of a group as rows, so that the cache is not copied
             y = attend(q.reshape(B, -1, self.groups, self.head), k, v, mask).reshape(B, -1, 1, self.head)
@@ -367,7 +366,7 @@ class GPT(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2 and not p.is_meta:  # where even doing nothing takes two seconds
+            if p.dim() == 2 and not p.is_meta:  # on the meta device even this no-op takes two seconds
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
@@ -452,9 +451,9 @@ class Decoder(nn.Module):
         ignore = -100  # the target of positions without loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = column > length[:, None]
-        if continuation_only or self.soft_first:  # soft tokens that come first give the prefix away
+        if continuation_only or self.soft_first:  # soft tokens in front would betray the prefix
             ignored |= column < split[:, None]
-        # soft tokens are no targets: the token before them predicts nothing, the last of them what follows
+        # soft tokens are never targets; the last one predicts the first token of the continuation
         no_target = tokens.new_full(soft_prompt.shape[:2], ignore)
         targets = insert(tokens.masked_fill(ignored, ignore), no_target, at)[:, 1:]
         keep = targets != ignore  # logits are a third of a small decoder's work: only those with a target
@@ -544,7 +543,8 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covaria
         # p(y | z_t) is the mean of p(y | point) over points drawn from p(x | z_t), a Gaussian around x [LGD].
         # The gradient of its log goes on from x to z_t either through the network, or as if the data were
         # N(m, C): then Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is alpha / sigma^2
-        # times that. (Other data, given the prefix, have no larger Cov[x | z_t] on average, but may locally.)
+        # times that. (The best linear estimate has this error, so for other data, given the prefix, the true
+        # Cov[x | z_t] is no larger on average.)
         offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
         if through_network:
             offsets *= (sigma / alpha)[:, None]
@@ -554,8 +554,10 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covaria
             offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
         with torch.enable_grad():
             at = z_t if through_network else x.requires_grad_()
-            cloud = x[:, None] + offsets  # (B, points, E)
-            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)  # + a constant
+            cloud = x[:, None] + offsets  # (B, points, E); log_p lacks the constant log(points)
+            log_p = sum(
+                weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides
+            )  # up to log(points)
             (gradient,) = torch.autograd.grad(log_p.sum(), at)
         if not through_network:
             gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T
@@ -574,8 +576,9 @@ def sample(denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rn
     `Covariance`, for guides at the estimate. on_step(log_snr, x) gets every prediction.
     """
     (B, E), steps, device = x_pref.shape, sampling.steps, x_pref.device
-    levels = torch.linspace(-4, 4, steps + 1, device=device)  # of log_snr, where a proposal forms
-    if sampling.sampler != "dpm++":  # the paper's, from the noisiest level trained
+    if sampling.sampler == "dpm++":
+        levels = torch.linspace(-4, 4, steps + 1, device=device)  # of log_snr, where a proposal forms
+    else:  # the paper's, from the noisiest level trained
         levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=device)).clamp(-MAX_LOG_SNR)
     z = torch.randn((B, E), generator=rng, device=device)
     last_x = last_delta = None
@@ -718,7 +721,7 @@ class DGLM:
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
         self.diffusion.requires_grad_(False)
         dtype = precision(self.device)
-        self.decoder.gpt.to(dtype)  # the time of a token is the time to read the weights
+        self.decoder.gpt.to(dtype)  # decoding is limited by memory bandwidth
         for module in self.diffusion.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)  # as autocast would, in every pass
@@ -763,7 +766,7 @@ class DGLM:
         no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
         distinct = sorted(set(prefixes) - {""})
         embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
-        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # "" gets the null vector
+        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # for "", no_prefix overrides it
         watch = on_step and (lambda log_snr, x: on_step(prefixes, log_snr, self.to_sphere(x)))
         x = sample(denoiser, x_pref, no_prefix, sampling, guides, self.covariance, rng=rng, on_step=watch)
         return self.to_sphere(x)

@@ -19,7 +19,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from model import load_decoder, parse_guide
-from plumbing.decoding import Reader, decode
+from plumbing.decoding import Reader, decode, likeliest
 from plumbing.devices import autocast
 
 
@@ -42,19 +42,16 @@ def dexperts_logits(base, experts, anti_experts, a, sampling):
         z + a sum_i (z_i^+ - z_i^-)
 
     z are the logits of the decoder, z_i^+ those of an expert (fine-tuned on text with attribute i), z_i^-
-    those of its anti-expert (fine-tuned on text without it). Tokens that `pick` would exclude by z alone stay
-    excluded. base is a `Reader`, experts and anti_experts are lists of them.
+    those of its anti-expert (fine-tuned on text without it). Tokens that top-k and top-p exclude by z alone
+    stay excluded. base is a `Reader`, experts and anti_experts are lists of them.
     """
 
     def next_logits(token):
         z = base(token)
         wish = sum(reader(token) for reader in experts) - sum(reader(token) for reader in anti_experts)
-        falling, tokens = (z / (sampling.temperature or 1)).softmax(-1).sort(descending=True)
-        if sampling.top_k:
-            falling[:, sampling.top_k :] = 0
-        out = falling.cumsum(-1) - falling >= sampling.top_p
-        excluded = torch.zeros_like(out).scatter(1, tokens, out | (falling == 0))
-        return (z + a * wish).masked_fill(excluded, -math.inf)
+        tokens, p = likeliest(z, sampling.top_k, sampling.top_p, sampling.temperature or 1.0)
+        allowed = torch.zeros_like(z, dtype=torch.bool).scatter(1, tokens, p > 0)
+        return (z + a * wish).masked_fill(~allowed, -math.inf)
 
     return next_logits
 
@@ -89,10 +86,11 @@ def load_experts(text, model):
     return experts
 
 
-def prompting(lm, prefixes, classes, max_new_tokens, sampling, seed):
+def prompting(lm, prefixes, classes, max_new_tokens, sampling):
     """Asks an instruct model for a text with the classes, and makes it begin with the prefix -> texts.
 
-    lm: has a transformers model, its tokenizer with a chat template, and a device.
+    lm: has a transformers model, its tokenizer with a chat template, and a device. Draws from torch's own
+    random numbers.
     """
     wish = f"Write a {' and '.join(classes)} text that begins: "
     chats = [
@@ -109,7 +107,6 @@ def prompting(lm, prefixes, classes, max_new_tokens, sampling, seed):
     options["min_new_tokens"] = 0 if sampling.may_end else max_new_tokens
     if sampling.temperature > 0:
         options |= {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
-    torch.manual_seed(seed)
     with autocast(lm.device):
         rows = lm.model.generate(**inputs, logits_processor=LogitsProcessorList([penalty]), **options)
     texts = lm.tokenizer.batch_decode(rows[:, prompt_length:], skip_special_tokens=True)

@@ -173,7 +173,7 @@ def cut(tokens, size, boundaries):
         head = np.array(bare.get(int(tokens[start]), tokens[start : start + 1]), dtype=np.int64)
         if len(head) > size // 2:
             head = tokens[start : start + 1]
-        end = min(start + size - len(head) + 1, len(tokens) - 1)
+        end = min(start + size - len(head) + 1, len(tokens) - 1)  # tokens[end] is the one that comes next
         if end < len(tokens) - 1:
             at = np.arange(start + size // 2, end) + 1  # ending in the first half would waste the window
             begins = [word[tokens[at]] & sentence[tokens[at - 1]], word[tokens[at]], character[tokens[at]]]
@@ -194,7 +194,7 @@ def split_points(window, boundaries, rng):
 def windows(bpe, boundaries, text, number):
     """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each.
 
-    None if it is empty or, in c4, not prose: 0.25 tokens a character or more [official code].
+    There are none if it is empty or, in c4, not prose: 0.25 tokens a character or more [official code].
     """
     text = re.sub(r"\s{1000,}", " ", text)  # tiktoken cannot handle a million blanks
     tokens = np.array([*bpe.encode_ordinary(text), bpe.eot_token])

@@ -34,7 +34,7 @@ encoder = ""  # a sentence-transformers name or folder; default the model's
 inverse_penalty = 1000.0  # scikit-learn's C; with a few thousand rows 1 overfits less
 max_iter = 10_000  # iterations of lbfgs
 weight = 15.0  # guidance weight of its classes if none is given: higher is surer and less fluent
-balanced = False  # count the classes equally, however many rows each has; always so for the hub's toxicity
+balanced = False  # weight classes equally, whatever their sizes; always so for the hub's toxicity
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 

@@ -97,6 +97,7 @@ def main(settings):
         report_resuming(path, checkpoint, settings)
         trained.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+            # keeps the rates and the decay of this command
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     if compile:
         decoder.compile()

@@ -113,6 +113,7 @@ def main(settings):
         ema.load_state_dict(checkpoint["ema"])
         bins.load_state_dict(checkpoint["bins"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+            # keeps the rates and the decay of this command
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     decoder = None  # if stage 1 is trained, validation shows proposals as text
     if os.path.exists(f"{out_dir}/decoder.safetensors"):

@@ -37,7 +37,7 @@ LLAMA_BLOCK = {  # a weight of our block: the weights of transformers that it jo
 
 
 def source(name):
-    """What stands behind a name on this disk: smollm2 or a .gguf file -> that file; else a folder."""
+    """Resolves a decoder's name to a local path: a .gguf file, or a folder."""
     path = gguf_path(name) or (name if os.path.isdir(name) else hub_folder(name))
     whole = not os.path.isdir(path) or os.path.exists(f"{path}/config.json")
     check(whole, f"{name} has no config.json: it is not the folder of a transformers model")
@@ -104,8 +104,9 @@ def convert(name, path):
 
 
 def rotate_halves(key, w, config):
-    """Queries and keys of a .gguf file hold pairs that rotate together as neighbours; transformers, and we,
-    half a head apart. transformers moves them only if the optional field head_count_kv is there.
+    """A .gguf file stores each rotary pair side by side, transformers half a head apart.
+
+    It moves them itself, unless the file lacks the optional field head_count_kv.
     """
     if not key.endswith(("q_proj.weight", "k_proj.weight")):
         return w

@@ -49,7 +49,7 @@ class Reader:
         self.positions = (here - self.pad[:, None]).clamp(min=0)
         self.mask = self.usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
         self.mask |= here == here[:, None]  # padding attends to itself, or its softmax would be NaN
-        sizes = [(block.attn.sizes[1] // block.attn.head, longest, block.attn.head) for block in gpt.h]
+        sizes = [(block.attn.n_kv_head, longest, block.attn.head) for block in gpt.h]
         self.cache = [self.h.new_empty(2, B, *size) for size in sizes]
 
     @torch.no_grad()
@@ -63,24 +63,31 @@ class Reader:
         return self.gpt(*inputs, eot_row=self.eot_row)[:, -1].float()
 
 
+def likeliest(logits, top_k, top_p, temperature):
+    """Logits (B, V) -> k tokens of each row (B, k) and their probabilities (B, k).
+
+    Of the top_k likeliest tokens (0: of all), those outside the smallest set with probability top_p get 0.
+    """
+    vocab_size = logits.shape[-1]
+    k = min(top_k or vocab_size, vocab_size)
+    if k == vocab_size and top_p == 1:  # the order does not matter, and takes long to find
+        return torch.arange(k, device=logits.device).expand_as(logits), (logits / temperature).softmax(-1)
+    logits, tokens = logits.topk(k)
+    p = (logits / temperature).softmax(-1)  # falling
+    return tokens, p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0) if top_p < 1 else p
+
+
 def pick(logits, seen, sampling, rng):
     """Logits (B, V) and the tokens seen so far (B, V) bool -> the next tokens (B,).
 
-    The logits of seen tokens are penalised (Keskar et al. 2019), and all divided by the temperature. The draw
-    is from the smallest set of tokens with probability top_p among the top_k likeliest (0: among all).
-    Temperature 0 takes the likeliest.
+    The logits of seen tokens are penalised (Keskar et al. 2019), then one of the `likeliest` is drawn.
+    Temperature 0 takes the very likeliest.
     """
-    penalty, vocab_size = sampling.repetition_penalty, logits.shape[-1]
+    penalty = sampling.repetition_penalty
     logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.temperature < 1e-6:
         return logits.argmax(-1)
-    k = min(sampling.top_k or vocab_size, vocab_size)
-    if k == vocab_size and sampling.top_p == 1:  # the order does not matter, and takes long to find
-        return torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=rng).squeeze(1)
-    likeliest, tokens = logits.topk(k)
-    p = (likeliest / sampling.temperature).softmax(-1)  # (B, k), falling
-    if sampling.top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)  # keeps the fewest that make up top_p
+    tokens, p = likeliest(logits, sampling.top_k, sampling.top_p, sampling.temperature)
     return tokens.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1)
 
 

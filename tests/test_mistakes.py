@@ -306,8 +306,8 @@ def test_resuming_tells_what_changed_and_that_nothing_is_left(project, call):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
-    held = f"import time; from plumbing.files import lock; held = lock({str(tmp_path / '.lock')!r}); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", held], cwd=ROOT)
+    hold = f"import time, plumbing.files; held = plumbing.files.lock('{tmp_path}/.lock'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT)
     for _ in range(600):
         time.sleep(0.1)
         if (tmp_path / ".lock").exists():
