@@ -143,8 +143,11 @@ class Results:
     def __init__(self, name, made_with):
         self.path, self.made_with, self.lines = f"{results}/{name}.jsonl", made_with, []
         if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as f:
-                before, *self.lines = map(json.loads, f)
+            try:
+                with open(self.path, encoding="utf-8") as f:
+                    before, *self.lines = map(json.loads, f)
+            except ValueError:
+                raise InputError(f"{self.path} is damaged: remove it") from None
             changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
             check(not changed, f"{self.path} was made with other {changed}: give another --results")
 
@@ -386,7 +389,7 @@ def parts_of(model, batch, count, run_seed, sampling):
 
 
 def runtime(bench, book, sampling):
-    """Table 4: seconds a text of each part, and of a guided text relative to the decoder alone."""
+    """Table 4: seconds a text of each part, and of a guided text relative to decoding its soft tokens."""
     gpt, generator = bench.model.decoder.gpt, bench.model.decoder.generator
     prompt = bench.model.tokenizer.encode_ordinary(prompts.split("|")[0])
     room = gpt.config.n_positions - generator.K - len(prompt)
@@ -428,11 +431,12 @@ def main(settings):
     wanted = list(TASKS) if task == "all" else [task]
     check(set(wanted) <= set(TASKS), f"task={task!r}: must be {', '.join(TASKS)} or all")
     fields = {field: settings[field] for field in asdict(Sampling())}
-    sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in items(guide_through)]
+    sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in items(guide_through) or [""]]
     check(all(pair.count("+") == 1 for pair in items(pairs)), f"--pairs {pairs}: write negative+sports")
     check_positive(
         settings, "num_texts", "new_tokens", "num_samples", "control_tokens", "seeds", "batch_size"
     )
+    check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
     for text in (cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights):
         numbers(text)  # reports at once what is not a number
     folder = out_dir or newest_model()

@@ -387,10 +387,10 @@ class GPT(nn.Module):
     def forward(self, h, positions=None, mask=None, cache=None, filled=None, keep=None, eot_row=None):
         """Embeddings h (B, T, n_embd) of tokens and soft tokens -> logits (B, T, vocab_size).
 
-        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, filled) bool, default causal. cache: for each
-        layer (2, B, n_kv_head, longest, head), whose first `filled` columns end with these T. keep: (B, T)
-        bool, where logits are wanted; they come as (n, vocab_size). eot_row: (n_embd,), added to the output
-        layer's row of <|endoftext|>.
+        positions: (B, T), default 0 ... T - 1. mask: (B, 1, T, filled) bool; without a cache it may be left
+        out, for a causal one. cache: for each layer (2, B, n_kv_head, longest, head), whose first `filled`
+        columns end with these T. keep: (B, T) bool, where logits are wanted; they come as (n, vocab_size).
+        eot_row: (n_embd,), added to the output layer's row of <|endoftext|>.
         """
         config, rotation = self.config, None
         if positions is None:
@@ -410,6 +410,7 @@ class GPT(nn.Module):
     def check_room(self, tokens, K, max_new_tokens):
         """Raises InputError if the longest prompt, K soft tokens and the new ones do not fit."""
         room = self.config.n_positions - K - max_new_tokens
+        check(room >= 0, f"max_new_tokens={max_new_tokens}: too many for {self.config.n_positions} positions")
         fits = f"the longest prefix has {tokens} tokens, and there is room for {room}"
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
@@ -447,7 +448,7 @@ class Decoder(nn.Module):
             return self.name_words(tokens, length, split, soft_prompt)
         h = self.gpt.wte(tokens)
         at = torch.zeros_like(split) if self.soft_first else split
-        h = insert(h, soft_prompt.to(h), at)  # (B, T + K, n_embd)
+        h = insert(h, soft_prompt.to(h), at)  # (B, T + 1 + K, n_embd)
         ignore = -100  # the target of positions without loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = column > length[:, None]
@@ -502,11 +503,15 @@ class Sampling:
     may_end: bool = True
 
     def __post_init__(self):
+        for key, default in type(self).__dataclass_fields__.items():
+            kind, value = default.type, getattr(self, key)
+            fits = isinstance(value, kind) or kind is float and isinstance(value, int)
+            check(fits, f"{key}={value!r}: must be of the type {kind.__name__}")
         check(1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000")
         check(self.sampler in ("ddpm", "ddim", "dpm++"), f"sampler={self.sampler}: use ddpm, ddim or dpm++")
         check(self.guide_through in ("network", "estimate"), "guide_through: use network or estimate")
         check(0 <= self.sigma2 <= 1, f"sigma2={self.sigma2}: must be from 0 (obey it) to 1 (ignore it)")
-        check(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
+        check(0 <= self.temperature < math.inf, f"temperature={self.temperature}: must be 0 or more")
         check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
         check(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, and 1 at most")
         penalty = self.repetition_penalty
@@ -657,6 +662,7 @@ def parse_guide(text, probes):
     A weight that is not given is the probe's own. Raises InputError if no probe or more than one has the
     class, or if the weight is not a number, 0 or above.
     """
+    check(isinstance(text, str), f"--guide: {text!r} must be a text, such as none or negative:30")
     guides = []
     for item in [] if text.strip() in ("", "none") else text.split(","):
         name, colon, number = (part.strip() for part in item.partition(":"))
@@ -673,7 +679,8 @@ def parse_guide(text, probes):
         except ValueError:
             weight = math.nan
         check(math.isfinite(weight), f"--guide: the weight in {item!r} is not a number")
-        check(weight >= 0, f"--guide: the weight in {item!r} is negative: say not-{label}:{-weight:g}")
+        other = label if away else f"not-{label}"
+        check(weight >= 0, f"--guide: the weight in {item!r} is negative: say {other}:{-weight:g}")
         guides.append(Guide(found[0], found[0].classes.index(label), away, weight))
     return guides
 
@@ -734,6 +741,7 @@ class DGLM:
             self.probes.append(probe := Probe.load(path, self.device))
             ours, theirs = self.data["encoder"], probe.encoder  # a folder may stand for a hub name
             same = os.path.basename(ours) == os.path.basename(theirs)
+            same = same and probe.coef.shape[1] == len(self.mean)
             check(same, f"{path} is a probe of the encoder {theirs}, this model's is {ours}: train it again")
 
     def encode(self, texts):
@@ -788,6 +796,8 @@ class DGLM:
         on_step = options.pop("on_step", None)
         sampling = Sampling(**options)
         counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        whole = all(isinstance(number, int) for number in (seed, *counts.values()))
+        check(whole, f"{', '.join(counts)} and seed must be whole numbers")
         check_positive(counts, *counts)
         texts = isinstance(prefixes, list) and prefixes and all(isinstance(p, str) for p in prefixes)
         check(texts, "prefixes must be a list of texts")

@@ -36,7 +36,7 @@ def best_of_n(model, drafts, guide):
     return [drafts[k][i] for i, k in enumerate(log_p.argmax(0).tolist())]
 
 
-def dexperts_logits(base, experts, anti_experts, a, sampling):
+def dexperts_logits(base, experts, anti_experts, a, sampling, stop=None):
     """A function that combines the logits of several language models, for `decode` [DExperts]:
 
         z + a sum_i (z_i^+ - z_i^-)
@@ -48,6 +48,8 @@ def dexperts_logits(base, experts, anti_experts, a, sampling):
 
     def next_logits(token):
         z = base(token)
+        if stop is not None and not sampling.may_end:
+            z[:, stop] = -math.inf
         wish = sum(reader(token) for reader in experts) - sum(reader(token) for reader in anti_experts)
         tokens, p = likeliest(z, sampling.top_k, sampling.top_p, sampling.temperature or 1.0)
         allowed = torch.zeros_like(z, dtype=torch.bool).scatter(1, tokens, p > 0)
@@ -66,7 +68,7 @@ def dexperts(model, prefixes, pairs, a, max_new_tokens, sampling, rng):
     gpt, stop = model.decoder.gpt, model.tokenizer.eot_token
     base = Reader(gpt, prompts, max_new_tokens, eot_row=model.decoder.generator.eot_row)
     experts, anti_experts = ([Reader(one, prompts, max_new_tokens) for one in side] for side in zip(*pairs))
-    next_logits = dexperts_logits(base, experts, anti_experts, a, sampling)
+    next_logits = dexperts_logits(base, experts, anti_experts, a, sampling, stop)
     rows = decode(next_logits, max_new_tokens, replace(sampling, top_k=0, top_p=1.0), stop, rng)
     return [model.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 

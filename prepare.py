@@ -15,7 +15,7 @@ meta.json. It streams: a file for every SHARD windows, all joined at the end (wh
 the same command continues an interrupted run, to the same bytes.
 """
 
-from plumbing.config import InputError, check, run
+from plumbing.config import InputError, check, check_positive, run
 
 import base64
 import glob
@@ -100,23 +100,25 @@ def text_files(path):
     return sorted(path for path in found if path.lower().endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
-def documents():
-    """-> the texts of `dataset`, and the size of their files; several paths take turns.
+def documents(folder):
+    """-> the texts of `dataset`, and the hashes of its files; several paths take turns.
 
     Raises InputError for a path that is missing or holds no text.
     """
     toy = (text for text, _, _ in toy_documents(seed))
     sources = {"toy": toy, "c4": c4_documents(), "openwebtext": openwebtext_documents()}
     if dataset in sources:
-        return sources[dataset], 0
-    texts, size = [], 0
+        return sources[dataset], []
+    texts, hashes = [], []
     for path in dataset.split(","):
         check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext or a path")
         files = text_files(path)
         check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
+        inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
+        check(not inside, f"{path} lies in {folder}, which is for what is prepared: move or rename it")
         texts.append(enumerate(itertools.chain.from_iterable(map(file_documents, files))))
-        size += sum(map(os.path.getsize, files))
-    return (text for _, text in heapq.merge(*texts, key=itemgetter(0))), size
+        hashes += map(sha256, files)
+    return (text for _, text in heapq.merge(*texts, key=itemgetter(0))), hashes
 
 
 # ---------- From text to windows ----------------------------------------------------------------------------
@@ -196,7 +198,6 @@ def windows(bpe, boundaries, text, number):
 
     There are none if it is empty or, in c4, not prose: 0.25 tokens a character or more [official code].
     """
-    text = re.sub(r"\s{1000,}", " ", text)  # tiktoken cannot handle a million blanks
     tokens = np.array([*bpe.encode_ordinary(text), bpe.eot_token])
     if len(tokens) == 1 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
@@ -243,7 +244,7 @@ def join(folder, parts):
     held_out = [np.load(part)["val"] for part in parts]
     n = {"train": sum(int((~val).sum()) for val in held_out), "val": sum(int(val.sum()) for val in held_out)}
     few = f"{dataset} gave too few windows: {n['train']} to train on and, from other documents, {n['val']} to"
-    check(all(n.values()), f"{few} validate: remove {folder}, add documents or lower --val_every")
+    check(n["train"] > 1 and n["val"], f"{few} validate: remove {folder}, add documents or lower --val_every")
     total = squares = 0.0
     for subset in n:
         os.makedirs(f"{folder}/{subset}", exist_ok=True)
@@ -271,7 +272,10 @@ def check_made_alike(folder, made_with):
     """Raises InputError if an earlier run, finished or not, prepared windows there with other settings."""
     begun = [f"{folder}/parts/settings.json"] if glob.glob(f"{glob.escape(folder)}/parts/*.npz") else []
     for path in filter(os.path.exists, (*begun, f"{folder}/meta.json")):
-        before = json.loads(Path(path).read_text())["settings"]
+        try:
+            before = json.loads(Path(path).read_text())["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged, or not of this project: remove {folder}") from None
         changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
 
@@ -280,10 +284,12 @@ def main(settings):
     if grade:
         return print_grades(grade)
     check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
-    check(val_every >= 2 and splits >= 1, "--val_every must be at least 2, --splits at least 1")
+    check_positive(settings, "splits", "max_documents")
+    check(val_every >= 2, "--val_every must be at least 2")
     check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
-    folder, (source, size) = f"data/{data_name(dataset)}", documents()
-    made_with = {k: v for k, v in settings.items() if k not in ("device", "grade")} | {"bytes": size}
+    folder = f"data/{data_name(dataset)}"
+    source, hashes = documents(folder)
+    made_with = {k: v for k, v in settings.items() if k not in ("device", "grade")} | {"files": hashes}
     os.makedirs(f"{folder}/parts", exist_ok=True)
     _locked = lock(f"{folder}/.lock")  # until main ends
     check_made_alike(folder, made_with)

@@ -10,7 +10,7 @@ other weight changes. Accuracy, F1 and AUC are measured on a tenth of the rows, 
 words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
 """
 
-from plumbing.config import ROOT, check, check_positive, run
+from plumbing.config import check, check_positive, run
 
 import os
 from collections import Counter
@@ -22,7 +22,15 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from plumbing.files import hub_file, load_weights, newest_model, read_rows, write_file
+from plumbing.files import (
+    check_writable,
+    hub_file,
+    is_shipped,
+    load_weights,
+    newest_model,
+    read_rows,
+    write_file,
+)
 from plumbing.judges import fit_judge
 from plumbing.text import Encoder, clean
 
@@ -47,10 +55,13 @@ SOURCES = {  # the paper's attributes: files of the hub, and what their labels 0
 
 def main(settings):
     check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
-    check_positive(settings, "weight", "inverse_penalty")
+    check_positive(settings, "weight", "inverse_penalty", "max_iter")
     sources = data.split(",")
     check(len(sources) == 1 or not (name or judge), "--name and --judge are for a single source of data")
     check(not judge or judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
+    own = os.path.basename(os.path.dirname(os.path.abspath(judge))) != "probes"
+    check(not judge or own, f"--judge {judge}: folders called probes hold probes: choose another")
+    check_writable(judge or ".npz")
     folder = out_dir or newest_model()
     names = [name or os.path.basename(source).split(".")[0] for source in sources]
     paths = [] if judge else [probe_path(folder, probe) for probe in names]
@@ -75,8 +86,8 @@ def main(settings):
 def probe_path(folder, probe):
     """Where the probe goes. Raises InputError if --guide could not name it, or if it came with the model."""
     path = f"{folder}/probes/{probe}.npz"
-    check(probe and not set(probe) & set(",:=/\\"), f"--name {probe!r}: a name without , : = / or \\")
-    shipped = os.path.abspath(folder).startswith(f"{ROOT}/pretrained/") and os.path.exists(path)
+    check(probe and probe[0] != "." and not set(probe) & set(",:=/\\"), f"--name {probe!r}: not a name")
+    shipped = is_shipped(folder) and os.path.exists(path)
     check(not shipped, f"{path} belongs to a shipped model: give your probe another --name")
     return path
 
@@ -91,11 +102,15 @@ def choose_encoder(folder):
     return encoder or ours
 
 
+def first_labels(texts, labels):
+    """-> {text: its first label} of the distinct texts."""
+    return dict(zip(reversed(texts), reversed(labels)))
+
+
 def hold_out(texts, labels):
-    """-> which rows are held out (N,), a tenth of them: those of a tenth of the distinct texts."""
-    first = dict(reversed(list(zip(texts, labels))))
-    distinct, kinds = list(first), list(first.values())
-    _, unseen = train_test_split(distinct, test_size=0.1, random_state=seed, stratify=kinds)
+    """-> which rows are held out (N,): those of a tenth of the distinct texts."""
+    first = first_labels(texts, labels)
+    _, unseen = train_test_split(list(first), test_size=0.1, random_state=seed, stratify=list(first.values()))
     unseen = set(unseen)
     return np.array([text in unseen for text in texts])
 
@@ -139,7 +154,7 @@ def read_labelled(source):
     rows = [row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()]
     texts = [clean(row["text"]) for row in rows]
     labels = [names[row["label"]] if names else label_name(row["label"]) for row in rows]
-    counts = Counter(dict(zip(texts, labels)).values())  # of distinct texts
+    counts = Counter(first_labels(texts, labels).values())
     found = ", ".join(counts) or "none"
     check(len(counts) > 1, f"{source}: a probe needs two labels or more; found: {found}")
     for label, count in counts.items():

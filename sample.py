@@ -11,7 +11,6 @@ Texts go to standard output, notes to standard error.
 from plumbing.config import check, check_positive, run
 
 import json
-import os
 import sys
 from dataclasses import asdict
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import DGLM, Sampling, parse_guide
-from plumbing.files import newest_model, write_file
+from plumbing.files import check_writable, newest_model, write_file
 from plumbing.text import clean
 
 prefix = ""  # text to continue, or FILE:path for a file with one a line; empty: about anything
@@ -48,7 +47,9 @@ seed = 1337  # fixes everything
 def main(settings):
     check_positive(settings, "num_samples", "max_new_tokens", "batch_size")
     sampling = asdict(Sampling(**{key: settings[key] for key in asdict(Sampling())}))  # checks them at once
-    check(os.path.isdir(os.path.dirname(out) or "."), f"cannot write {out}: there is no such folder")
+    if out:
+        check_writable(out)
+        check(prefix != f"FILE:{out}", f"--out {out} would overwrite the prefixes")
     prefixes = read_prefixes()
     folder = out_dir or newest_model()
     model = DGLM(folder, device)

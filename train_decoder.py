@@ -30,7 +30,7 @@ from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log
 from plumbing.data import Data
 from plumbing.decoders import source_sha256
 from plumbing.devices import autocast, generator_at, pick_device, precision
-from plumbing.files import load_checkpoint, lock, report_resuming, save_weights, write_file
+from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
 
@@ -75,6 +75,7 @@ def main(settings):
     check_positive(settings, "learning_rate", "grad_clip", "noise_scale")
     check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
     if rank == 0:
         _locked = lock(f"{out_dir}/.decoder.lock")  # until main ends

@@ -41,7 +41,7 @@ from model import (
 )
 from plumbing.data import Data
 from plumbing.devices import autocast, generator_at, pick_device
-from plumbing.files import load_checkpoint, lock, report_resuming, save_weights, write_file
+from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
 
@@ -83,6 +83,7 @@ def main(settings):
     for key in ("null_probability", "ema_decay"):
         check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
     if rank == 0:
         _locked = lock(f"{out_dir}/.diffusion.lock")  # until main ends

@@ -69,9 +69,11 @@ def convert(key, value, default, where):
     """`value`, a string of the command line or a literal of a config file, as the type of the default."""
     kind, text = type(default), str(value)
     try:
+        if not isinstance(value, str | int | float):
+            raise ValueError
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        what = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
         raise InputError(f"{where}: {key} must be {what}, like {default!r}, not {value!r}") from None
 
 
@@ -103,6 +105,7 @@ def read_config(path, script, defaults):
         if name in SCRIPTS:
             check(isinstance(value, dict), f'{where}: write {name} = {{"key": value}}')
             for key, setting in value.items():
+                key = str(key)
                 check_known(key, known[name], where)
                 if name == script:
                     own[key] = convert(key, setting, defaults[key], where)
@@ -154,6 +157,8 @@ def run(main, variables, arguments=None):
     script, comments = os.path.basename(path).removesuffix(".py"), declared(path)
     defaults = {key: variables[key] for key in comments}
     arguments = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that cannot show every letter
     try:
         variables.update(parse_arguments(arguments, script, comments, defaults))
         in_range = 0 <= variables["seed"] <= LARGEST_SEED

@@ -35,9 +35,13 @@ class Data:
     def __init__(self, dataset):
         self.folder = f"data/{data_name(dataset)}"
         check(os.path.exists(f"{self.folder}/meta.json"), f"{self.folder} is not prepared: run prepare.py")
-        meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
         again = f"remove {self.folder} and prepare it again"
-        check(meta["format"] == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
+        try:
+            meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
+            version = meta["format"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.folder}/meta.json is damaged: {again}") from None
+        check(version == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
         self.meta = meta["data"]  # what a model trained on this data must be used with
         self.size = meta["N"]  # rows of each subset
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])

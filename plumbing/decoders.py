@@ -73,24 +73,30 @@ def read_pretrained(name):
     return config, weights
 
 
-def convert(name, path):
-    """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
+def load_whole(name, path):
+    """A language model of transformers from a hub name, folder or .gguf file, in fp32. Raises InputError."""
     from transformers import AutoModelForCausalLM
 
-    folder, options = path, {"dtype": torch.float32, "output_loading_info": True}
-    if not os.path.isdir(path):
-        folder, options["gguf_file"] = os.path.split(os.path.abspath(path))
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    if path.endswith(".gguf"):
+        path, options["gguf_file"] = os.path.split(os.path.abspath(path))
     try:
-        theirs, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as e:  # whatever a damaged file makes transformers, safetensors and gguf raise
         why = str(e).strip().partition("\n")[0] or type(e).__name__
         raise InputError(f"cannot load {name}, which may be incomplete: {why}") from None
     for problem in ("missing", "unexpected", "mismatched"):  # transformers initialises these at random
         keys = sorted(map(str, report.get(f"{problem}_keys", ())))
         check(not keys, f"{name}: {len(keys)} weights are {problem}, such as {', '.join(keys[:2])}")
+    return model
+
+
+def convert(name, path):
+    """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
+    theirs = load_whole(name, path)
     kind, tensors = theirs.config.model_type, theirs.state_dict()
     check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
-    if "gguf_file" in options and "llama.attention.head_count_kv" not in gguf_fields(path):
+    if path.endswith(".gguf") and "llama.attention.head_count_kv" not in gguf_fields(path):
         tensors = {key: rotate_halves(key, w, theirs.config) for key, w in tensors.items()}
     config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, tensors)
     if not os.path.isdir(path) or os.path.exists(f"{path}/tokenizer.json"):

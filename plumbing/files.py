@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from contextlib import suppress
 
 import torch
@@ -20,8 +21,17 @@ from safetensors.torch import save
 FORMAT = 4  # of .safetensors
 
 
+def check_writable(path):
+    """Raises InputError if no file can be written there: it would replace a folder or a device."""
+    check(os.path.isdir(os.path.dirname(path) or "."), f"cannot write {path}: there is no such folder")
+    plain = os.path.isfile(path) or not os.path.exists(path)
+    check(plain and not str(path).endswith("/"), f"cannot write {path}: it is not a plain file")
+
+
 def write_file(path, content):
     """Writes a str, bytes, or whatever a callable writes to the open file it is given: all or nothing."""
+    check_writable(path)
+    path = os.path.realpath(path) if os.path.islink(path) else path
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -69,7 +79,7 @@ def read_rows(path, *fields):
                         whole = isinstance(row, dict) and isinstance(row.get(field), kind)
                         check(whole, f'{path}, line {number}: no field "{field}" with a string')
                     yield row
-    except (OSError, EOFError, ValueError) as e:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         raise InputError(f"cannot read {path} as JSON lines, after line {number}: {e}") from None
 
 
@@ -140,7 +150,8 @@ def load_checkpoint(path, made_with, device):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # whatever a damaged archive makes zipfile and torch raise
         raise InputError(f"{path} is damaged ({e}): --resume=False starts over") from None
-    changed = ", ".join(key for key, value in made_with.items() if checkpoint["made_with"].get(key) != value)
+    before = checkpoint.get("made_with", {}) if isinstance(checkpoint, dict) else {}
+    changed = ", ".join(key for key, value in made_with.items() if before.get(key) != value)
     check(not changed, f"{path} was made with another {changed}: give an --out_dir, or --resume=False")
     return checkpoint
 
@@ -149,9 +160,14 @@ def report_resuming(path, checkpoint, settings):
     """Prints where a training goes on, and which of its settings are not those of the checkpoint."""
     step, max_iters, before = checkpoint["step"], settings["max_iters"], checkpoint["settings"]
     print(f"resuming {path} at step {step} of {max_iters}{': nothing left to do' * (step >= max_iters)}")
-    for key in sorted(set(settings) - {"out_dir", "device", "resume", "init_from"}):
+    for key in sorted(set(settings) - {"out_dir", "device", "resume"}):
         if settings[key] != before.get(key):
             print(f"  {key} was {before.get(key)!r} and is now {settings[key]!r}")
+
+
+def is_shipped(folder):
+    """Whether it is one of the models that came with the project, which nothing overwrites."""
+    return os.path.abspath(folder).startswith(f"{ROOT}/pretrained/")
 
 
 def newest_model():

@@ -17,9 +17,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoTokenizer, pipeline
 
 from plumbing.bpe import gguf_path, read_gguf
+from plumbing.decoders import load_whole
 from plumbing.devices import autocast
 from plumbing.files import write_file
 
@@ -70,7 +71,10 @@ def load_judge(name, device, batch_size):
 
         polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
         return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
-    classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
+    try:
+        classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
+    except Exception as e:  # whatever a missing or damaged model makes transformers raise
+        raise InputError(f"--judges: cannot load {name}: {str(e).strip().partition(chr(10))[0]}") from None
     labels = list(classify.model.config.id2label.values())
 
     def score(texts):
@@ -89,7 +93,6 @@ class LanguageModel:
             folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
         except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
             why = str(e).strip().partition("\n")[0]
             raise InputError(f"--judge_lm: cannot load {name}: {why}") from None
@@ -97,15 +100,17 @@ class LanguageModel:
             splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
             whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])
             self.tokenizer.backend_tokenizer.pre_tokenizer = whole
-        self.model, self.device = model.to(device).eval(), device
+        tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.first = next((token for token in tokens if token is not None), None)
+        check(self.first is not None, f"--judge_lm: {name} has no token that begins or ends a text")
+        self.model, self.device = load_whole(name, path or name).to(device).eval(), device
 
     @torch.no_grad()
     def read(self, prefixes, texts, batch_size):
         """-> nats of each text given its prefix (N,), its tokens (N,), features of both (N, width)."""
-        first = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None)
         plain = {"add_special_tokens": False, "split_special_tokens": True}  # whatever the texts contain
         ids = [self.tokenizer(list(x), **plain)["input_ids"] for x in (prefixes, texts)]
-        rows, out = [(torch.tensor([first, *p, *t]), 1 + len(p)) for p, t in zip(*ids)], []
+        rows, out = [(torch.tensor([self.first, *p, *t]), 1 + len(p)) for p, t in zip(*ids)], []
         for at in range(0, len(rows), batch_size):
             part = rows[at : at + batch_size]
             tokens = [row for row, _ in part]

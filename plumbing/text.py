@@ -5,6 +5,7 @@ from plumbing.config import InputError, check
 import base64
 import importlib.util
 import os
+import re
 
 import tiktoken
 
@@ -24,6 +25,8 @@ def read_ranks(path, digest=None):
     except (OSError, ValueError) as e:
         raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
     check(same, f"{path} is damaged, or not the tokenizer that the decoder was trained with")
+    once = sorted(ranks.values()) == list(range(len(pairs)))
+    check(once, f"{path} is not supported: its ranks are not 0, 1, 2, ..., each once")
     return ranks
 
 
@@ -45,6 +48,7 @@ class Tokenizer(tiktoken.Encoding):
         super().__init__("nanodglm", pat_str=pattern, mergeable_ranks=ranks | lacking, special_tokens=special)
 
     def encode_ordinary(self, text):
+        text = re.sub(r"\s{1000,}", " ", text)  # tiktoken cannot handle a million blanks
         return [token for token in super().encode_ordinary(text) if token < self.eot_token]
 
 

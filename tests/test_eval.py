@@ -151,8 +151,8 @@ def test_best_of_n_keeps_for_each_prefix_the_text_that_the_guides_like_most():
     assert best_of_n(model, drafts, "positive") == [("good film", 0), ("a day", 3)]
 
 
-@pytest.mark.parametrize("a", [1.0, -1.0])
-def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a):
+@pytest.mark.parametrize("a, top_k", [(1.0, 0), (-1.0, 0), (1.0, 5)])
+def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a, top_k):
     """Greedy text in batches, with the cache, is that of the logits written out."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=64, n_positions=32, n_layer=2, n_head=2, n_embd=32, tied=False)
@@ -166,14 +166,15 @@ def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a):
         for _ in range(8):
             z = base(base.wte(tokens), eot_row=eot_row)[0, -1]
             wish, avoid = (gpt(gpt.wte(tokens))[0, -1] for gpt in (expert, anti))
-            falling, likely = z.softmax(-1).sort(descending=True)
+            falling, likely = z.sort(descending=True)
+            falling = falling[: top_k or None].softmax(-1)
             likely = likely[: (falling.cumsum(0) < 0.9).sum() + 1]
             token = likely[(z + a * (wish - avoid))[likely].argmax()]
             tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
         return tokens[0, -8:].tolist()
 
     readers = [Reader(base, prompts, 8, eot_row=eot_row), *([Reader(gpt, prompts, 8)] for gpt in gpts[1:])]
-    greedy = Sampling(temperature=0, top_k=0, top_p=0.9, repetition_penalty=1)
+    greedy = Sampling(temperature=0, top_k=top_k, top_p=0.9, repetition_penalty=1)
     rows = decode(dexperts_logits(*readers, a, greedy), 8, greedy)
     assert rows == [by_hand(torch.tensor([prompt])) for prompt in prompts]
 

@@ -2,6 +2,7 @@
 
 from plumbing.config import InputError
 
+import gzip
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from model import DGLM, GPT
 from plumbing.bpe import read_bpe
-from plumbing.files import lock, read_rows
+from plumbing.files import lock, read_rows, write_file
 from plumbing.text import Encoder
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
@@ -101,7 +102,7 @@ DECODERS = {
         edit_json("config.json", lambda c: c.update(tie_word_embeddings=False)),
         "1 weights are missing, such as lm_head.weight",
     ),
-    "another width": (edit_json("config.json", lambda c: c.update(intermediate_size=128)), "mismatched"),
+    "another width": (edit_json("config.json", lambda c: c.update(intermediate_size=128)), "theirs"),
     "a Git LFS pointer": (write("model.safetensors", POINTER), "which may be incomplete"),
     "a pointer for a tokenizer": (write("tokenizer.json", POINTER), "tokenizer.json is damaged, or not"),
     "half a tokenizer": (write("tokenizer.json", '{"model": {"vocab'), "tokenizer.json is damaged, or not"),
@@ -206,11 +207,11 @@ ROWS = [(f"{word} thing number {i}", word) for i in range(20) for word in ("good
 PROBES = [
     ("--data a.jsonl,sub/a.jsonl --out_dir out/toy", ROWS, "two probes named a, a: say --name"),
     (f"--data a.jsonl --name topic --out_dir {ROOT}/pretrained/reviews", ROWS, "belongs to a shipped model"),
-    ("--data a.jsonl --name ../evil --out_dir out/toy", ROWS, "--name '../evil': a name without"),
-    ("--data a.jsonl --name a,b --out_dir out/toy", ROWS, "--name 'a,b': a name without"),
+    ("--data a.jsonl --name ../evil --out_dir out/toy", ROWS, "--name '../evil': not a name"),
+    ("--data a.jsonl --name a,b --out_dir out/toy", ROWS, "--name 'a,b': not a name"),
     ("--data a.jsonl --out_dir out/toy --encoder sentence-t5-xl", ROWS, "needs probes of it"),
     ("--data a.jsonl --out_dir out/toy", [*ROWS, *[(f"{i}", "") for i in range(20)]], "'' cannot be a label"),
-    ("--data a.jsonl --out_dir out/toy", ROWS[:2] * 10, "only 1 texts with the label 'good'"),
+    ("--data a.jsonl --out_dir out/toy", ROWS[:2] * 10, "only 1 texts with the label"),
     ("--data a.jsonl --out_dir out/toy --seed 5000000000", ROWS, "seed=5000000000: must be from 0 to"),
 ]
 
@@ -264,6 +265,13 @@ def test_prepare_tells_how_many_documents_it_found_and_takes_a_repaired_file(pro
 
 
 PREPARE = [
+    (f"prepare.py --dataset=data/mine {MINI}", "data/mine lies in data/mine, which is for what is prepared"),
+    (f"prepare.py --dataset=torn.jsonl.gz {MINI}", "cannot read torn.jsonl.gz as JSON lines"),
+    (
+        f"prepare.py --dataset=one.txt {MINI.replace('data/toy/tokenizer', 'gap')}",
+        "are not 0, 1, 2, ..., each",
+    ),
+    (f"prepare.py --dataset=one.txt {MINI} --max_documents=-1", "max_documents=-1: must be above 0"),
     ("prepare.py --dataset=.hidden.txt", "a file or folder needs a name"),
     (f"prepare.py --dataset=one.txt {MINI}", "add documents or lower --val_every"),
     (f"prepare.py --dataset=same.txt {MINI}", "add documents or lower --val_every"),
@@ -275,6 +283,12 @@ def test_data_that_cannot_be_divided_is_named(project, command, message, call):
     (project / "one.txt").write_text("A single line.\n" * 50)
     (project / "same.txt").write_text("The same document.\n\n" * 50)
     (project / ".hidden.txt").write_text("A document.")
+    (project / "gap.tiktoken").write_text("YQ== 0\nYg== 2\n")
+    torn = bytearray(gzip.compress(b'{"text": "A document."}\n' * 99))
+    torn[20] ^= 255
+    (project / "torn.jsonl.gz").write_bytes(torn)
+    (project / "data/mine").mkdir(exist_ok=True)
+    (project / "data/mine/own.txt").write_text("A document.")
     status, _, line = call(project, command)
     assert status == 2 and message in line
 
@@ -290,7 +304,25 @@ def test_the_folder_here_has_its_own_name(project, call, tmp_path):
     assert os.listdir(folder / "data") == ["notes"]
 
 
+def test_a_file_that_changed_is_not_taken_for_the_prepared_one(project, call):
+    """Even if it is as long as before."""
+    command = f"prepare.py --dataset=changed.txt {MINI}"
+    for word, expected in (("film", 0), ("FILM", 2)):
+        text = "\n\n".join(f"A document about the {word} number {i}." for i in range(40))
+        (project / "changed.txt").write_text(text)
+        status, _, line = call(project, command)
+        assert status == expected
+    assert "was made with other files" in line
+
+
 # ---- trainings ----
+
+
+@pytest.mark.parametrize("name", ["decoder", "diffusion"])
+def test_a_shipped_model_is_never_overwritten(project, name, call):
+    status, _, line = call(project, f"train_{name}.py config/toy.py --out_dir {ROOT}/pretrained/reviews")
+    assert status == 2 and "is a shipped model: give another --out_dir" in line
+
 
 TRAIN = (
     "train_diffusion.py config/toy.py --batch_size=16 --eval_interval=2 --eval_rows=16 --out_dir=out/again"
@@ -321,6 +353,20 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_pat
 
 
 # ---- sampling ----
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "out", "out/", "nowhere/x.jsonl", "prefixes.txt"])
+def test_what_cannot_be_written_or_must_not_is_refused_before_the_work(project, out, call):
+    shutil.copy(project / "data/toy/prefixes.txt", project / "prefixes.txt")
+    status, lines, line = call(project, f"sample.py --out_dir out/toy --prefix FILE:prefixes.txt --out {out}")
+    assert status == 2 and not lines and out in line
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_file(str(tmp_path / "link"), "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
 
 
 def test_a_surrogate_in_a_prefix_is_replaced(project, call):
@@ -359,6 +405,12 @@ WRONG_CALLS = [
     ({"prefixes": []}, "prefixes must be a list of texts"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be above 0"),
     ({"batch_size": 0}, "batch_size=0: must be above 0"),
+    ({"batch_size": "4"}, "must be whole numbers"),
+    ({"seed": None}, "must be whole numbers"),
+    ({"max_new_tokens": 9999}, "max_new_tokens=9999: too many for"),
+    ({"top_k": 2.5}, "top_k=2.5: must be of the type int"),
+    ({"may_end": "false"}, "may_end='false': must be of the type bool"),
+    ({"guide": None}, "--guide: None must be a text"),
     ({"guide": "sad"}, "no probe has a class 'sad'"),
     ({"guide": "negative:30,"}, "no probe has a class ''"),
     ({"guide": "negative:-30"}, "is negative: say not-negative:30"),

@@ -260,6 +260,7 @@ def test_steering_away_is_towards_all_other_classes():
         ("negative", "sentiment=negative or mood=negative"),
         ("sad", "no probe has a class 'sad'"),
         ("sports:-1", "is negative: say not-sports:1"),
+        ("not-sports:-1", "is negative: say sports:1"),
         ("sports:", "is not a number"),
         ("sports:nan", "is not a number"),
         ("sports:1e999", "is not a number"),
