@@ -560,9 +560,7 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covaria
         with torch.enable_grad():
             at = z_t if through_network else x.requires_grad_()
             cloud = x[:, None] + offsets  # (B, points, E); log_p lacks the constant log(points)
-            log_p = sum(
-                weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides
-            )  # up to log(points)
+            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
             (gradient,) = torch.autograd.grad(log_p.sum(), at)
         if not through_network:
             gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T

@@ -119,9 +119,9 @@ def fingerprint(tensors, text=""):
 def save_weights(folder, name, tensors, meta):
     """FOLDER/NAME.safetensors: the tensors and, as JSON in its header, whatever is needed to use them."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    text = json.dumps({"format": FORMAT} | meta)
-    header = {"nanodglm": text, "sha256": fingerprint(tensors, text)}
-    write_file(f"{folder}/{name}.safetensors", save(tensors, header))
+    meta = {"format": FORMAT} | meta
+    meta["sha256"] = fingerprint(tensors, json.dumps(meta))
+    write_file(f"{folder}/{name}.safetensors", save(tensors, {"nanodglm": json.dumps(meta)}))
 
 
 def load_weights(folder, name, device="cpu"):
@@ -130,11 +130,10 @@ def load_weights(folder, name, device="cpu"):
     check(os.path.exists(path), f"{path} is missing: train it, or give --out_dir, the folder of a model")
     try:
         with safe_open(path, "pt") as f:
-            header = f.metadata()
+            meta = json.loads(f.metadata()["nanodglm"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        meta = json.loads(header["nanodglm"])
-        version = meta.get("format")
-        same = fingerprint(tensors, header["nanodglm"]) == header.get("sha256")
+        version, digest = meta.get("format"), meta.pop("sha256", None)
+        same = fingerprint(tensors, json.dumps(meta)) == digest
     except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as e:
         raise InputError(f"{path} is damaged, or not from this project: {e}") from None
     check(version == FORMAT, f"{path} was made by another version: train it again")
