@@ -443,7 +443,8 @@ def main(settings):
     model = DGLM(folder, device)
     labels = items(attributes) if "control" in wanted else []
     labels += items(pairs.replace("+", ",")) if "compose" in wanted else []
-    parse_guide(",".join(labels or items(attributes)), model.probes)  # reports at once what no probe has
+    timed_guide = items(attributes)[:1] if "runtime" in wanted else []
+    parse_guide(",".join(labels + timed_guide), model.probes)  # reports at once what no probe has
 
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]

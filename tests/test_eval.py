@@ -270,6 +270,8 @@ def test_results_of_another_probe_are_not_continued(evaluated, call):
     [
         ("--task nothing", "task='nothing': must be generation, noise, control, compose, runtime or all"),
         ("--task control --attributes sad", "no probe has a class 'sad'"),
+        ("--task runtime --attributes sad", "no probe has a class 'sad'"),
+        ("--task noise --attributes sad --new_tokens 900", "only 0 held-out texts"),  # it needs no probe
         ("--task control --judges judges/topic.npz", "none of judges/topic.npz knows 'negative'"),
         ("--task control --guidance_weights 5,x", "must be numbers"),
         ("--task control --sigma2 0.1 --results results", "made with other sigma2"),
