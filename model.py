@@ -373,12 +373,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, renumber=True):
         """A GPT-2 or Llama, in fp32: a hub name (gpt2-large, HuggingFaceTB/SmolLM2-135M), a folder in that
-        format, a .gguf file, or smollm2, which comes in a package. Tokens are renumbered in merge order.
-        Raises InputError if it cannot be loaded, or is of another kind.
+        format, a .gguf file, or smollm2, which comes in a package. Tokens are renumbered in merge order,
+        which leaves out special ones. Raises InputError if it cannot be loaded, or is of another kind.
         """
-        config, weights = read_pretrained(name)
+        config, weights = read_pretrained(name, renumber)
         with torch.device("meta"):
             model = cls(GPTConfig(**config))
         model.load_state_dict(weights, assign=True)

@@ -8,6 +8,7 @@ Training then reads memory maps and never runs the encoder.
     python prepare.py --dataset my.jsonl.gz --encoder all-MiniLM-L6-v2 JSON lines with a field "text"
     python prepare.py --dataset notes.txt                              or a folder; blank lines end documents
     python prepare.py --dataset c4                                     the paper's data: 10 M documents of C4
+    python prepare.py --dataset self --tokenizer smollm2 --max_documents 50000    what a decoder itself writes
     python prepare.py --grade samples.jsonl                            how the toy's grammar grades samples
 
 Writes data/NAME/{train,val}/{tokens,length,split,prefix_emb,cont_emb}.npy, tokenizer.tiktoken and, last,
@@ -27,7 +28,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -36,25 +37,29 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+from model import GPT, Sampling
 from plumbing.bpe import read_bpe
 from plumbing.data import COLUMNS, DATA_FORMAT, data_name
+from plumbing.decoders import load_tokenizer
+from plumbing.devices import generator_at, pick_device
 from plumbing.files import hub_file, lock, read_rows, sha256, write_file
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 from plumbing.toy import print_grades, toy_documents, toy_ranks, write_toy_files
 
-dataset = "c4"  # toy, c4, openwebtext, or paths (.txt, .jsonl, .jsonl.gz, folders) with commas between them
+dataset = "c4"  # toy, c4, openwebtext; self, paths (.txt, .jsonl, .jsonl.gz, folders), several with commas
 max_documents = 10_000_000  # stop after this many
 block_size = 88  # longest window, in tokens of text
 encoder = "sentence-transformers/sentence-t5-xl"  # any sentence-transformers name or folder
 splits = 1  # rows made from each window, each split at a place of its own
 tokenizer = "gpt2"  # gpt2, a file of ranks (.tiktoken), or a decoder's: hub name, folder, .gguf, smollm2
+openings = ""  # self: a text file, a line for each way to begin a document; see `self_documents`
 vocab_size = 0  # keep the first so many tokens, <|endoftext|> included; 0: all
 val_every = 100  # one document in so many is for validation
 device = "auto"  # auto, cpu, cuda, mps, or several: cuda:0,cuda:1
 grade = ""  # a JSON-lines file written by sample.py: only print how the toy's grammar grades it
 seed = 1337  # fixes everything
 
-SHARD = 4096  # windows embedded and written at a time
+SHARD = 1024  # windows embedded and written at a time
 
 
 # ---------- Sources of documents: each yields texts, always in the same order -------------------------------
@@ -93,6 +98,52 @@ def c4_documents():
         yield from (row["text"] for row in read_rows(path, "text"))
 
 
+def self_documents():
+    """Documents of about a window, written by the decoder that --tokenizer names, in batches.
+
+    Each follows <|endoftext|> and the next line of the openings, where {a|b} stands for either. A line
+    `Write a sad sentence. => My {cat|dog}` asks a decoder with a chat template, and its answer begins as the
+    line ends. Yields functions -> (text, whether it is complete), so that a run that continues skips them.
+    """
+    gpt = GPT.from_pretrained(tokenizer, renumber=False).to(pick_device(device))
+    theirs, (_, (*ordinary, eot), _) = load_tokenizer(tokenizer), read_bpe(tokenizer)
+    ordinary, lines = (
+        set(ordinary),
+        Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"],
+    )
+    can_ask = theirs.chat_template or not any("=>" in line for line in lines)
+    check(can_ask, f"{openings}: {tokenizer} has no chat template, so it cannot be asked with =>")
+    sampling = Sampling(temperature=1, top_k=1000, top_p=0.95, repetition_penalty=1)
+
+    def begin(number):
+        """-> the tokens before document `number`, and its first tokens."""
+        rng = np.random.default_rng((seed, number, 2))
+        line = re.sub("{(.*?)}", lambda found: rng.choice(found[1].split("|")), lines[number % len(lines)])
+        asked, _, start = (part.strip() for part in line.rpartition("=>"))
+        if asked:
+            chat = [{"role": "user", "content": asked}]
+            asked = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        before, start = (theirs.encode(text, add_special_tokens=False) for text in (asked, start))
+        return before or [eot], start
+
+    @lru_cache(maxsize=1)
+    def write(group):
+        """-> {number: document}, 512 of them; those with prompts of similar length are written together."""
+        begun = sorted((sum(map(len, begin(n))), n, *begin(n)) for n in range(512 * group, 512 * (group + 1)))
+        texts = {}
+        for at in tqdm(range(0, 512, 128), "write", leave=False):
+            rng = generator_at(pick_device(device), seed, group, at)
+            prompts = [before + start for *_, before, start in begun[at : at + 128]]
+            rows = gpt.generate(prompts, block_size, sampling, rng=rng)
+            for (_, number, _, start), row in zip(begun[at : at + 128], rows):
+                row = (start + row)[: block_size + 1]
+                text = list(itertools.takewhile(ordinary.__contains__, row))  # special tokens end it
+                texts[number] = theirs.decode(text).rstrip("\ufffd"), text != row
+        return texts
+
+    return (partial(lambda number: write(number // 512)[number], number) for number in itertools.count())
+
+
 def text_files(path):
     """The files of a dataset that is a path, in order."""
     folders = os.walk(path) if os.path.isdir(path) else [("", [], [path])]
@@ -111,7 +162,11 @@ def documents(folder):
         return sources[dataset], []
     texts, hashes = [], []
     for path in dataset.split(","):
-        check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext or a path")
+        if path == "self":
+            texts.append(enumerate(self_documents()))
+            hashes += [sha256(openings)] if openings else []
+            continue
+        check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path")
         files = text_files(path)
         check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
         inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
@@ -193,13 +248,14 @@ def split_points(window, boundaries, rng):
     return rng.choice(places, min(splits, len(places)), replace=False).tolist()
 
 
-def windows(bpe, boundaries, text, number):
+def windows(bpe, boundaries, text, complete, number):
     """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each.
 
-    There are none if it is empty or, in c4, not prose: 0.25 tokens a character or more [official code].
+    <|endoftext|> comes after the last if it is complete. There are none if it is empty or, in c4, not prose:
+    0.25 tokens a character or more [official code].
     """
-    tokens = np.array([*bpe.encode_ordinary(text), bpe.eot_token])
-    if len(tokens) == 1 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
+    tokens = np.array([*bpe.encode_ordinary(text), *[bpe.eot_token] * complete])
+    if len(tokens) < 2 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
     pieces = cut(tokens, block_size, boundaries)
@@ -210,9 +266,10 @@ def shards(numbered, bpe, boundaries):
     """Pairs (number, text) -> shards [(tokens, split, whether held out), ...], and the documents done."""
     shard = []
     for number, text in numbered:
+        text, complete = text() if callable(text) else (text, True)
         text = clean(text).strip()
         held_out = zlib.crc32(text.encode()) % val_every == 0  # the same text is always on the same side
-        shard += [(*window, held_out) for window in windows(bpe, boundaries, text, number)]
+        shard += [(*window, held_out) for window in windows(bpe, boundaries, text, complete, number)]
         if len(shard) >= SHARD:
             yield shard, number + 1
             shard = []
@@ -287,6 +344,8 @@ def main(settings):
     check_positive(settings, "splits", "max_documents")
     check(val_every >= 2, "--val_every must be at least 2")
     check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
+    endless = "self" in dataset.split(",") and max_documents == 10**7
+    check(not endless, "self has no end: say --max_documents, such as 50000")
     folder = f"data/{data_name(dataset)}"
     source, hashes = documents(folder)
     made_with = {k: v for k, v in settings.items() if k not in ("device", "grade")} | {"files": hashes}
@@ -308,7 +367,7 @@ def main(settings):
     done = int(os.path.basename(parts[-1]).removesuffix(".npz")) if parts else 0
 
     # one shard after another, then all together
-    known = max_documents if dataset in ("toy", "c4") else None
+    known = max_documents if dataset in ("toy", "c4", "self") else None
     rest = itertools.islice(enumerate(source), done, max_documents)
     progress = tqdm(rest, folder, known, initial=done, unit=" documents")
     for shard, reached in shards(progress, bpe, boundaries):

@@ -15,10 +15,18 @@ that the decoder takes, and only then to be understood by the decoder. Without t
 ignores it for hundreds of steps.
 """
 
-dataset = "reviews+news+briefs"
+dataset = "self"
 out_dir = "out/english"
 
-prepare = {"encoder": "all-MiniLM-L6-v2", "tokenizer": "smollm2", "block_size": 48}
+prepare = {
+    "encoder": "all-MiniLM-L6-v2",
+    "tokenizer": "smollm2",
+    "block_size": 48,
+    "openings": "config/openings.txt",
+    "max_documents": 52_000,
+    "splits": 2,
+    "val_every": 50,
+}
 train_decoder = {
     "init_from": "smollm2",
     "freeze": True,

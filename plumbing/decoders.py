@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from plumbing.bpe import gguf_fields, gguf_path, read_bpe
+from plumbing.bpe import gguf_fields, gguf_path, read_bpe, read_gguf
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
 
 LLAMA_CONFIG = {  # a field of GPTConfig: its name in transformers
@@ -51,14 +51,14 @@ def source_sha256(name):
     return " ".join(map(sha256, files))
 
 
-def read_pretrained(name):
+def read_pretrained(name, renumber=True):
     """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32.
 
     A .gguf file takes half a minute to dequantise, so the result is kept in the user's cache folder.
     """
     path = source(name)
-    if os.path.isdir(path):
-        return convert(name, path)
+    if os.path.isdir(path) or not renumber:
+        return convert(name, path, renumber)
     cache = f"{os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}/nanodglm"
     digest = sha256(path)
     try:
@@ -66,7 +66,7 @@ def read_pretrained(name):
         return meta["config"], weights
     except InputError:  # not there yet, damaged, or written by another version
         print(f"converting {path} (only the first time)", file=sys.stderr)
-    config, weights = convert(name, path)
+    config, weights = convert(name, path, renumber)
     with suppress(InputError, OSError):  # without a place to keep it, it is converted each time
         os.makedirs(cache, exist_ok=True)
         save_weights(cache, digest, weights, {"config": config})
@@ -91,7 +91,28 @@ def load_whole(name, path):
     return model
 
 
-def convert(name, path):
+def load_tokenizer(name):
+    """Its tokenizer of transformers, chat template included. Raises InputError."""
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from transformers import AutoTokenizer
+
+    folder, file = name, {}
+    if path := gguf_path(name):
+        folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
+        why = str(e).strip().partition("\n")[0]
+        raise InputError(f"cannot load the tokenizer of {name}: {why}") from None
+    if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
+        splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
+        whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = whole
+    return tokenizer
+
+
+def convert(name, path, renumber):
     """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
     theirs = load_whole(name, path)
     kind, tensors = theirs.config.model_type, theirs.state_dict()
@@ -99,7 +120,7 @@ def convert(name, path):
     if path.endswith(".gguf") and "llama.attention.head_count_kv" not in gguf_fields(path):
         tensors = {key: rotate_halves(key, w, theirs.config) for key, w in tensors.items()}
     config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, tensors)
-    if not os.path.isdir(path) or os.path.exists(f"{path}/tokenizer.json"):
+    if renumber and (path.endswith(".gguf") or os.path.exists(f"{path}/tokenizer.json")):
         _, order, _ = read_bpe(path)
         fits = max(order) < len(weights["wte.weight"])
         check(fits, f"{name}: its tokenizer has {max(order) + 1} tokens, its embedding fewer")

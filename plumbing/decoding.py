@@ -60,7 +60,9 @@ class Reader:
             self.filled += 1
             self.mask = self.usable[..., : self.filled]
         inputs = self.h, self.positions, self.mask, self.cache, self.filled
-        return self.gpt(*inputs, eot_row=self.eot_row)[:, -1].float()
+        last = torch.zeros_like(self.positions, dtype=torch.bool)
+        last[:, -1] = True
+        return self.gpt(*inputs, keep=last, eot_row=self.eot_row).float()
 
 
 def likeliest(logits, top_k, top_p, temperature):

@@ -6,21 +6,18 @@ A judge fitted by probes.py --judge travels as plain arrays. Others are classifi
 from plumbing.config import InputError, check
 
 import importlib.util
-import os
 from functools import partial
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import AutoTokenizer, pipeline
+from transformers import pipeline
 
-from plumbing.bpe import gguf_path, read_gguf
-from plumbing.decoders import load_whole
+from plumbing.bpe import gguf_path
+from plumbing.decoders import load_tokenizer, load_whole
 from plumbing.devices import autocast
 from plumbing.files import write_file
 
@@ -88,22 +85,11 @@ class LanguageModel:
     """A causal language model, the judge of fluency. Raises InputError if it cannot be loaded."""
 
     def __init__(self, name, device):
-        folder, file = name, {}
-        if path := gguf_path(name):
-            folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
-        except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
-            why = str(e).strip().partition("\n")[0]
-            raise InputError(f"--judge_lm: cannot load {name}: {why}") from None
-        if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
-            splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
-            whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])
-            self.tokenizer.backend_tokenizer.pre_tokenizer = whole
+        self.tokenizer = load_tokenizer(name)
         tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.first = next((token for token in tokens if token is not None), None)
         check(self.first is not None, f"--judge_lm: {name} has no token that begins or ends a text")
-        self.model, self.device = load_whole(name, path or name).to(device).eval(), device
+        self.model, self.device = load_whole(name, gguf_path(name) or name).to(device).eval(), device
 
     @torch.no_grad()
     def read(self, prefixes, texts, batch_size):

@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn as nn
 
+from plumbing.devices import precision
+
 
 def configure_optimizers(module, learning_rate, betas, decay_per_step, muon):
     """AdamW and, where muon > 0, Muon (Jordan et al. 2024) at that rate for the matrices of linear layers.
@@ -19,9 +21,37 @@ def configure_optimizers(module, learning_rate, betas, decay_per_step, muon):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if muon:
-        options = {"lr": muon, "weight_decay": decay_per_step / muon, "adjust_lr_fn": "original"}
-        optimizers.append(torch.optim.Muon(linear, momentum=0.95, **options))
+        optimizers.append(Muon(linear, {"lr": muon, "weight_decay": decay_per_step / muon}))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum, whose update of each matrix is made orthogonal (Jordan et al. 2024).
+
+    Equal to torch.optim.Muon, which computes in bf16 even where the hardware is many times slower in it.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 0.05)
+                update = orthogonalise(matrix.grad.lerp(momentum, 0.95))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                rows, columns = matrix.shape
+                matrix.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalise(matrix):
+    """U V^T for the matrix U S V^T, roughly: 5 Newton-Schulz steps bring S between 0.7 and 1.2."""
+    x = matrix.to(precision(str(matrix.device)))
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).type_as(matrix)
 
 
 def schedule(step, warmup, max_iters):

@@ -43,7 +43,7 @@ def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp
         if command.startswith("prepare"):
             shutil.rmtree(folder / "data")
             source = (folder / "prepare.py").read_text()
-            (folder / "prepare.py").write_text(source.replace("SHARD = 4096", "SHARD = 64"))
+            (folder / "prepare.py").write_text(source.replace("SHARD = 1024", "SHARD = 64"))
     begin = time.perf_counter()
     python(command, whole)
     duration, expected = time.perf_counter() - begin, final(whole / result)

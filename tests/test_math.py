@@ -21,7 +21,7 @@ from model import (
     velocity,
     x_and_eps,
 )
-from plumbing.optim import configure_optimizers, schedule
+from plumbing.optim import Muon, configure_optimizers, schedule
 from train_diffusion import update_ema
 
 log_snrs = st.floats(-15, 15)
@@ -111,6 +111,20 @@ def test_learning_rate_warms_up_linearly_and_ends_on_a_cosine():
     assert shares[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert shares[10:] == pytest.approx([(1 + math.cos(math.pi * n / 100)) / 2 for n in range(101)])
     assert schedule(0, warmup=0, max_iters=1) == 1
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_muon_is_that_of_torch(shape):
+    """Which rounds to bf16 on the way."""
+    matrices = [torch.nn.Parameter(draw(0, shape).float()) for _ in range(2)]
+    ours = Muon([matrices[0]], {"lr": 0.02, "weight_decay": 0.1})
+    theirs = torch.optim.Muon([matrices[1]], 0.02, 0.1, momentum=0.95, adjust_lr_fn="original")
+    for step in range(5):
+        for matrix, optimizer in zip(matrices, (ours, theirs)):
+            matrix.grad = draw(step + 1, shape).float()
+            optimizer.step()
+    moved = (matrices[0] - draw(0, shape)).norm()
+    assert (matrices[0] - matrices[1]).norm() < 0.02 * moved
 
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])

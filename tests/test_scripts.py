@@ -93,7 +93,7 @@ def test_prepare_resumes_to_the_same_bytes(tmp_path, call):
     command = "prepare.py config/toy.py --max_documents=100"
     for folder in folders:
         source = (folder / "prepare.py").read_text()
-        (folder / "prepare.py").write_text(source.replace("SHARD = 4096", "SHARD = 16"))
+        (folder / "prepare.py").write_text(source.replace("SHARD = 1024", "SHARD = 16"))
     kill_when(command, folders[1], lambda: list((folders[1] / "data/toy/parts").glob("*.npz")))
     assert not (folders[1] / "data/toy/meta.json").exists()
     for folder in folders:
@@ -101,7 +101,7 @@ def test_prepare_resumes_to_the_same_bytes(tmp_path, call):
     assert digest(folders[1] / "data") == digest(folders[0] / "data") != {}
 
 
-# two optimizers; few steps, since Muon works in bf16, which is slow on many CPUs
+# two optimizers
 MUON = "--muon=0.02 --max_iters=4 --eval_interval=2"
 
 
