@@ -414,10 +414,10 @@ class GPT(nn.Module):
         fits = f"the longest prefix has {tokens} tokens, and there is room for {room}"
         check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
 
-    def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, **soft):
-        """Continues prompts (lists of tokens) -> the new tokens of each. soft: see `Reader`."""
+    def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, earlier=(), **soft):
+        """Continues lists of tokens -> the new tokens of each. earlier: see `decode`. soft: `Reader`."""
         reader = Reader(self, prompts, max_new_tokens, **soft)
-        return decode(reader, max_new_tokens, sampling, stop, rng)
+        return decode(reader, max_new_tokens, sampling, stop, rng, earlier)
 
 
 # ---------- Stage 1's model ---------------------------------------------------------------------------------
@@ -474,14 +474,16 @@ class Decoder(nn.Module):
         return -(log_p.logsumexp(1)[row, index] - math.log(soft_prompt.shape[1])).mean()
 
     @torch.no_grad()
-    def write(self, tokenizer, prompts, x, max_new_tokens, sampling, rng=None):
-        """Continues prompts (lists of tokens), each conditioned on its proposal x (B, E) -> texts."""
+    def write(self, prompts, x, max_new_tokens, sampling, rng=None, earlier=()):
+        """Continues prompts (lists of tokens), each conditioned on its proposal x (B, E) -> lists of tokens,
+        which end before <|endoftext|>. earlier: tokens of each text that the repetition penalty covers too.
+        """
         log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
         z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
         soft = {"soft_prompt": self.generator(z, log_snr.sigmoid()), "soft_first": self.soft_first}
         soft["eot_row"] = self.generator.eot_row
-        rows = self.gpt.generate(prompts, max_new_tokens, sampling, tokenizer.eot_token, rng, **soft)
-        return [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+        stop = self.gpt.config.vocab_size - 1
+        return self.gpt.generate(prompts, max_new_tokens, sampling, stop, rng, earlier, **soft)
 
 
 # ---------- Sampling and guidance ---------------------------------------------------------------------------
@@ -724,6 +726,7 @@ class DGLM:
         self.data = meta["data"]
         same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
+        self.proposal_tokens = self.data["block_size"] * 2 // 3  # few training windows continue for longer
         self.diffusion.requires_grad_(False)
         dtype = precision(self.device)
         self.decoder.gpt.to(dtype)  # decoding is limited by memory bandwidth
@@ -780,20 +783,58 @@ class DGLM:
     def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
         """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
         prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
-        x = self.standardise(e)
-        return self.decoder.write(self.tokenizer, prompts, x, max_new_tokens, sampling, rng)
+        rows = self.decoder.write(prompts, self.standardise(e), max_new_tokens, sampling, rng)
+        return [self.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+
+    def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
+        """Continues prefixes in parts of at most proposal_tokens, each with a proposal of its own, which is
+        conditioned on the text so far -> texts, the means of their proposals (B, E).
+        """
+        prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
+        proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
+        for done in range(0, max_new_tokens, proposal_tokens):
+            count = min(proposal_tokens, max_new_tokens - done)
+            so_far, earlier = [prompts[i] + new[i] for i in unfinished], [new[i] for i in unfinished]
+            known = [self.last_words(text, self.data["block_size"]) for text in so_far]
+            e = self.propose(known, guide, sampling, rng, on_step)
+            room = self.decoder.gpt.config.n_positions - self.decoder.generator.K - count
+            read = [self.tokenizer.encode_ordinary(self.last_words(text, room)) for text in so_far]
+            rows = self.decoder.write(read, self.standardise(e), count, sampling, rng, earlier)
+            for i, proposal, row in zip(unfinished, e, rows):
+                proposals[i].append(proposal)
+                words = [at for at in range(1, len(row)) if self.begins_word(row[at])]
+                more = len(row) == count and done + count < max_new_tokens
+                new[i] += row[: words[-1]] if more and words else row  # the last word may be half a word
+            unfinished = [i for i, row in zip(unfinished, rows) if len(row) == count]
+            if not unfinished:
+                break
+        texts = [self.tokenizer.decode(row).rstrip("\ufffd") for row in new]
+        return texts, torch.stack([torch.stack(each).mean(0) for each in proposals])
+
+    def begins_word(self, token):
+        return self.tokenizer.decode_single_token_bytes(token)[:1].isspace()
+
+    def last_words(self, tokens, size):
+        """The end of a text, of at most `size` tokens, from a word on."""
+        if len(tokens) > size:
+            words = [at for at in range(len(tokens) - size, len(tokens)) if self.begins_word(tokens[at])]
+            tokens = tokens[words[0] if words else -size :]
+        return self.tokenizer.decode(tokens).strip()
 
     def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
         """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order.
 
-        prefixes: a list of texts; one may be empty. options: the fields of `Sampling`, batch_size (64), and
+        prefixes: a list of texts; one may be empty. options: the fields of `Sampling`; batch_size (64);
+        proposal_tokens, after which a longer text gets a new proposal (two thirds of a training window);
         on_step of `propose`. One seed fixes everything. Raises InputError, at once, for what cannot be used,
         such as a prefix that leaves no room for the new tokens.
         """
         batch_size = options.pop("batch_size", 64)
+        proposal_tokens = options.pop("proposal_tokens", 0) or self.proposal_tokens
         on_step = options.pop("on_step", None)
         sampling = Sampling(**options)
         counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        counts["proposal_tokens"] = proposal_tokens
         whole = all(isinstance(number, int) for number in (seed, *counts.values()))
         check(whole, f"{', '.join(counts)} and seed must be whole numbers")
         check_positive(counts, *counts)
@@ -802,14 +843,14 @@ class DGLM:
         parse_guide(guide, self.probes)
         prefixes = [clean(p.rstrip()) for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
-        self.decoder.gpt.check_room(longest, self.decoder.generator.K, max_new_tokens)
+        self.decoder.gpt.check_room(longest, self.decoder.generator.K, min(max_new_tokens, proposal_tokens))
         rng = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]
 
         def pairs():
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                proposals = self.propose(batch, guide, sampling, rng, on_step)
-                yield from zip(self.write(batch, proposals, max_new_tokens, sampling, rng), proposals)
+                parts = max_new_tokens, proposal_tokens
+                yield from zip(*self.write_in_parts(batch, guide, *parts, sampling, rng, on_step))
 
         return pairs()

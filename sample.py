@@ -26,6 +26,7 @@ prefix = ""  # text to continue, or FILE:path for a file with one a line; empty:
 guide = "none"  # none, or classes of probes: negative (with its probe's weight), negative:30,not-sports:40
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # longest text
+proposal_tokens = 0  # a longer text gets a new proposal for each part; 0: two thirds of a training window
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
 steps = Sampling.steps  # diffusion steps: 4 for dpm++, many for ddim and ddpm; the paper: 250
 sampler = Sampling.sampler  # dpm++, ddim or ddpm; the paper: ddpm
@@ -46,6 +47,7 @@ seed = 1337  # fixes everything
 
 def main(settings):
     check_positive(settings, "num_samples", "max_new_tokens", "batch_size")
+    check(proposal_tokens >= 0, "--proposal_tokens must be 0 or more")
     sampling = asdict(Sampling(**{key: settings[key] for key in asdict(Sampling())}))  # checks them at once
     if out:
         check_writable(out)
@@ -55,7 +57,8 @@ def main(settings):
     model = DGLM(folder, device)
     print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)
     rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
-    total = steps * -(-len(rows) // batch_size)
+    parts = -(-max_new_tokens // (proposal_tokens or model.proposal_tokens))
+    total = steps * parts * -(-len(rows) // batch_size)
     progress = tqdm(total=total, leave=False, disable=watch or steps < 50)
 
     def on_step(batch, log_snr, e):
@@ -63,7 +66,7 @@ def main(settings):
         if watch:
             print_step(model, batch[0], log_snr, e[:1])
 
-    options = sampling | {"batch_size": batch_size, "on_step": on_step}
+    options = sampling | {"batch_size": batch_size, "proposal_tokens": proposal_tokens, "on_step": on_step}
     pairs = []
     try:
         texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, **options)

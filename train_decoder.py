@@ -222,10 +222,10 @@ def evaluate(decoder, data):
     prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
     room = data.meta["block_size"] - max(map(len, prompts))
     rng = generator_at(device, seed, 2)
-    texts = decoder.write(tokenizer, prompts, x, min(32, room), Sampling(), rng)
-    for row, end, n, text in zip(tokens, length, split, texts):
+    written = decoder.write(prompts, x, min(32, room), Sampling(), rng)
+    for row, end, n, new in zip(tokens, length, split, written):
         print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
-        print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {text!r}")
+        print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {tokenizer.decode(new)!r}")
     mean = sum(totals[level] for level in VAL_SIGMA2) / len(VAL_SIGMA2)
     return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 

@@ -238,9 +238,9 @@ def evaluate(ema, decoder, data):
         tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
         prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
         room = data.meta["block_size"] - max(map(len, prompts))
-        texts = decoder.write(tokenizer, prompts, proposed[:2], min(32, room), Sampling(), rng)
-        for prompt, text in zip(prompts, texts):
-            print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {text!r}")
+        written = decoder.write(prompts, proposed[:2], min(32, room), Sampling(), rng)
+        for prompt, new in zip(prompts, written):
+            print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {tokenizer.decode(new)!r}")
     return {**totals, "cosine": true, "cosine_shuffled": other}
 
 

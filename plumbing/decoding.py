@@ -94,14 +94,16 @@ def pick(logits, seen, sampling, rng):
 
 
 @torch.no_grad()
-def decode(next_logits, max_new_tokens, sampling, stop=None, rng=None):
+def decode(next_logits, max_new_tokens, sampling, stop=None, rng=None, earlier=()):
     """Draws token after token -> the new tokens of each row, a list of lists that end before `stop`.
 
     next_logits: takes the last tokens (B,), or None at first, and gives logits (B, V): a `Reader`, or several
-    combined. sampling: a `Sampling`; its repetition penalty covers the new tokens only.
+    combined. sampling: a `Sampling`; its repetition penalty covers the new tokens, and the lists `earlier`.
     """
     logits, new = next_logits(None), []
     seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, tokens in zip(seen, earlier):
+        row[tokens] = True
     done = seen.new_zeros(len(logits))
     while True:
         if stop is not None and not sampling.may_end:

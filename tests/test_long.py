@@ -1,0 +1,63 @@
+"""Texts longer than one proposal. Run: python -m pytest tests/test_long.py"""
+
+import pytest
+
+from model import DGLM
+
+
+@pytest.fixture(scope="module")
+def model(project):
+    return DGLM(f"{project}/out/toy")
+
+
+def write(model, prefixes, **options):
+    """-> the texts, and for each part the prefixes that its proposals were conditioned on."""
+    seen = []
+
+    def on_step(prefixes, log_snr, e):
+        if prefixes not in seen:
+            seen.append(prefixes)
+
+    pairs = list(model.generate(prefixes, on_step=on_step, **options))
+    return [text for text, _ in pairs], seen
+
+
+def test_each_part_has_a_proposal_conditioned_on_the_text_so_far(model):
+    (text,), seen = write(model, ["The food was"], max_new_tokens=30, proposal_tokens=10, may_end=False)
+    first, *later = [prefix for (prefix,) in seen]
+    assert first == "The food was" and len(later) >= 2
+    whole = "The food was" + text
+    for prefix in later:
+        assert prefix in whole and not whole.partition(prefix)[2][:1].isalnum()  # it ends at a word
+
+
+def test_a_text_of_one_part_is_what_its_proposal_makes_of_it(model):
+    """However long the next parts could have been."""
+    options = {"max_new_tokens": 12, "num_samples": 3, "may_end": False}
+    one = list(model.generate(["The food was", ""], proposal_tokens=12, **options))
+    same = list(model.generate(["The food was", ""], proposal_tokens=100, **options))
+    assert [text for text, _ in one] == [text for text, _ in same]
+    assert all((a == b).all() for (_, a), (_, b) in zip(one, same))
+
+
+def test_the_repetition_penalty_remembers_earlier_parts(model):
+    options = {"max_new_tokens": 40, "proposal_tokens": 8, "temperature": 0, "may_end": False}
+    (text,), _ = write(model, ["The food was"], repetition_penalty=100, **options)
+    tokens = model.tokenizer.encode_ordinary(text)
+    assert len(tokens) > 25 and len(set(tokens)) == len(tokens)
+
+
+def test_a_text_may_be_longer_than_the_decoders_positions(model):
+    positions = model.decoder.gpt.config.n_positions
+    (text,), seen = write(model, ["The food was"], max_new_tokens=2 * positions, may_end=False)
+    assert len(model.tokenizer.encode_ordinary(text)) > 1.5 * positions
+    longest = max(len(model.tokenizer.encode_ordinary(prefix)) for (prefix,) in seen)
+    assert longest <= model.data["block_size"]
+
+
+def test_finished_texts_take_no_part_in_the_next(model):
+    prefixes = ["The food was", "I saw", "The hotel"]
+    texts, seen = write(model, prefixes, max_new_tokens=90, proposal_tokens=10, num_samples=4)
+    sizes = [len(part) for part in seen]
+    assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 12
+    assert len(texts) == 12
