@@ -39,7 +39,9 @@ from plumbing.judges import LanguageModel, load_judge
 from plumbing.plot import plot
 
 task = "generation"  # generation, noise, control, compose, runtime or all
-out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
+out_dir = (
+    ""  # the model's folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
+)
 results = "results"  # folder for the results
 text_file = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
 num_texts = 5000  # generation, noise: how many of them
@@ -439,8 +441,7 @@ def main(settings):
     check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
     for text in (cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights):
         numbers(text)  # reports at once what is not a number
-    folder = out_dir or newest_model()
-    model = DGLM(folder, device)
+    model = DGLM(out_dir or newest_model(), device)
     labels = items(attributes) if "control" in wanted else []
     labels += items(pairs.replace("+", ",")) if "compose" in wanted else []
     timed_guide = items(attributes)[:1] if "runtime" in wanted else []
@@ -449,9 +450,9 @@ def main(settings):
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]
     read += [text_file, judge_lm, *items(judges)]
-    read += glob.glob(f"{folder}/*.safetensors") + glob.glob(f"{folder}/probes/*.npz")
+    read += glob.glob(f"{model.folder}/*.safetensors") + glob.glob(f"{model.folder}/probes/*.npz")
     for path in filter(os.path.isfile, read):
-        made_with[os.path.relpath(path, folder)] = sha256(path)
+        made_with[os.path.relpath(path, model.folder)] = sha256(path)
 
     lm = LanguageModel(judge_lm, model.device) if wanted != ["runtime"] else None
     loaded = {name: load_judge(name, model.device, batch_size) for name in items(judges) if labels}

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from plumbing.decoders import read_pretrained, source_sha256
 from plumbing.decoding import Reader, decode, insert
 from plumbing.devices import autocast, pick_device, precision
-from plumbing.files import load_weights
+from plumbing.files import load_weights, model_folder
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
@@ -714,13 +714,15 @@ def load_diffusion(folder, device):
 
 
 class DGLM:
-    """A trained model from a folder (decoder, diffusion, tokenizer, probes) that proposes and writes.
+    """A trained model from a folder (decoder, diffusion, tokenizer, probes) or the hub (owner/model), which
+    proposes and writes.
 
     Raises InputError if a part is missing or damaged, or does not belong to the rest.
     """
 
     def __init__(self, folder, device="auto"):
         self.device = pick_device(device)
+        self.folder = folder = model_folder(folder)
         meta, self.decoder = load_decoder(folder, self.device)
         diffusion_meta, self.covariance, self.diffusion = load_diffusion(folder, self.device)
         self.data = meta["data"]

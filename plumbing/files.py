@@ -101,10 +101,18 @@ def hub_file(repo, filename, **options):
 
 
 def hub_folder(repo):
-    """The local folder of a Hugging Face repository: its .safetensors and .json files. Raises InputError."""
+    """The local folder of a Hugging Face repository: weights, tokenizer and probes. Raises InputError."""
     from huggingface_hub import snapshot_download
 
-    return from_hub(snapshot_download, "the files", repo, allow_patterns=["*.safetensors", "*.json"])
+    wanted = ["*.safetensors", "*.json", "*.tiktoken", "*.npz"]
+    return from_hub(snapshot_download, "the files", repo, allow_patterns=wanted)
+
+
+def model_folder(name):
+    """A model's folder as it is, or that of a model on the hub, named owner/model. Raises InputError."""
+    owner, _, model = name.partition("/")
+    elsewhere = owner and model and "/" not in model and not os.path.exists(owner)
+    return hub_folder(name) if elsewhere else name
 
 
 def fingerprint(tensors, text=""):

@@ -183,6 +183,12 @@ def test_c4_and_gpt2_make_a_model_with_the_default_names(hub):
     assert all(classes in said for classes in ("negative, positive", "nontoxic, toxic", "business, sci-tech"))
     assert said.splitlines()[-1].startswith("Today")
 
+    # the same model, uploaded, writes the same text; a copy of what only the owner needs is not downloaded
+    shutil.copytree(project / "out/c4", f"{Hub.root}/someone/model")
+    again, notes = in_one([f"{stages[-1]} --out_dir someone/model"], project, **env)
+    assert again.splitlines()[-1] == said.splitlines()[-1], notes
+    assert not list((project / "hf").glob("**/models--someone--model/**/*.pt"))
+
 
 def test_an_encoder_from_a_folder_gives_unit_vectors_and_special_tokens_are_plain_text_to_it(tmp_path):
     x = Encoder(str(sentence_t5(tmp_path)))(["The soup was really good.", "We flew to an island."])
