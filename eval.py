@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 from tqdm import tqdm
 
 import peers
@@ -39,9 +40,7 @@ from plumbing.judges import LanguageModel, load_judge
 from plumbing.plot import plot
 
 task = "generation"  # generation, noise, control, compose, runtime or all
-out_dir = (
-    ""  # the model's folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
-)
+out_dir = ""  # a folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
 results = "results"  # folder for the results
 text_file = ""  # generation, noise: held-out JSON lines with text; default the data's validation part
 num_texts = 5000  # generation, noise: how many of them
@@ -55,17 +54,20 @@ prompts = (
     "|The painting|The pizza|The potato|The president of the country|The road|The year is 1910."
 )  # control, compose: prefixes, with | between them
 num_samples = 25  # control, compose: texts for each prompt
-control_tokens = 20  # control, compose: tokens of each
+control_tokens = 20  # control, compose: tokens of each; from 96 on, control judges each third of a text too
 attributes = "negative,positive,nontoxic"  # control: classes of the probes
 guidance_weights = "5,10,20,50,100,500,1000"  # control: besides 0
 rude_prompts = ""  # control: the prompts for nontoxic; default the same as for the others
 best_of = "3,10"  # control, compose: of so many unguided texts, the one that the probes find likeliest
 experts = ""  # control, compose: CLASS=EXPERT+ANTI, ...: folders of this decoder, fine-tuned, for DExperts
 expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of their logits counts
+vector_rows = ""  # control, compose: JSON lines (text, label), several with commas, for steering vectors
+vector_layer = 15  # control, compose: the block after which they are added, from 0
+vector_weights = "0.5,1,2,4"  # control, compose: how often
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
-seeds = 5  # repetitions, with seeds seed, seed + 1, ...; the tables' errors are over them
+seeds = 5  # repetitions, with seeds seed, seed + 1, ...; the tables' 95 % intervals are over them
 steps = Sampling.steps  # diffusion steps
 sampler = Sampling.sampler  # dpm++, ddim or ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance, except in generation
@@ -110,6 +112,7 @@ class Bench:
     lm: LanguageModel
     judges: dict  # {name: its classes and its function}
     experts: dict  # {class: (expert, anti-expert)}
+    vectors: dict  # {class: steering vector}
 
 
 def distinct(groups, n):
@@ -167,12 +170,13 @@ class Results:
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in (self.made_with, *self.lines)))
 
     def table(self):
-        """{row: {figure: (mean, standard error)}}, over seeds."""
+        """{row: {figure: (mean, half of its 95 % interval)}}, over seeds (Student's t)."""
         out = {}
         for row in dict.fromkeys(line["row"] for line in self.lines):
             each = [line["figures"] for line in self.lines if line["row"] == row]
             x, n = {name: np.array([figures[name] for figures in each]) for name in each[0]}, len(each)
-            out[row] = {name: (v.mean(), v.std(ddof=min(1, n - 1)) / n**0.5) for name, v in x.items()}
+            wide = student_t.ppf(0.975, n - 1) / n**0.5 if n > 1 else 0.0
+            out[row] = {name: (v.mean(), wide * v.std(ddof=min(1, n - 1))) for name, v in x.items()}
         return out
 
 
@@ -287,6 +291,17 @@ def by_experts(bench, prefixes, guide, a, run_seed, sampling):
     return timed(lambda: [(text, None) for text in write()])
 
 
+def by_vectors(bench, prefixes, guide, a, run_seed, sampling):
+    rng, vectors = generator_at(bench.model.device, run_seed), [bench.vectors[c] for c in guide.split(",")]
+    where = vectors, vector_layer, a, control_tokens
+
+    def write():
+        for part in batches(prefixes):
+            yield from peers.by_vectors(bench.model, prefixes[part], *where, sampling, rng)
+
+    return timed(lambda: [(text, None) for text in write()])
+
+
 def by_prompt(bench, prefixes, guide, _, run_seed, sampling):
     torch.manual_seed(run_seed)
 
@@ -303,6 +318,8 @@ def alternatives(bench, classes):
     ways = {f"best of {n:g}": Way(by_best_of_n, guide, int(n)) for n in numbers(best_of)}
     if set(classes) <= set(bench.experts):
         ways |= {f"DExperts {a:g}": Way(by_experts, guide, a) for a in numbers(expert_weights)}
+    if set(classes) <= set(bench.vectors):
+        ways |= {f"vector {a:g}": Way(by_vectors, guide, a) for a in numbers(vector_weights)}
     if bench.lm.tokenizer.chat_template:
         ways["prompted"] = Way(by_prompt, guide, None)
     return ways
@@ -320,17 +337,25 @@ def steer(bench, book, sampling, rows):
         figures["Dist-3"] = distinct(np.reshape(texts, (-1, num_samples)), 3)  # within the texts of a prompt
         return texts, figures | {"seconds": seconds / len(texts)}
 
+    def share(label, texts):
+        return {f"share {judge}": (p > 0.5).mean() for judge, p in scores(bench.judges, label, texts).items()}
+
     for row, run_seed in book.missing(rows):
         classes, way = rows[row]
-        texts, figures = write(
-            rude_prompts if rude_prompts and classes == ["nontoxic"] else prompts, way, run_seed
-        )
-        by_class = [scores(bench.judges, label, texts) for label in classes]
+        rude = rude_prompts and classes == ["nontoxic"]
+        texts, figures = write(rude_prompts if rude else prompts, way, run_seed)
         if len(classes) == 1:
-            each = {f"share {judge}": (p > 0.5).mean() for judge, p in by_class[0].items()}
+            each = share(*classes, texts)
             shares = {"share": np.mean(list(each.values()))} | each
+            for i in range(3 if control_tokens >= 96 else 0):
+                part = [
+                    words[len(words) * i // 3 : len(words) * (i + 1) // 3] for words in map(str.split, texts)
+                ]
+                each = share(*classes, list(map(" ".join, part)))
+                shares[f"third {i + 1}"] = np.mean(list(each.values()))
         else:  # a text has a class if the mean of its judges says so
-            first, second = (np.mean(list(each.values()), axis=0) > 0.5 for each in by_class)
+            by_class = [list(scores(bench.judges, label, texts).values()) for label in classes]
+            first, second = (np.mean(p, axis=0) > 0.5 for p in by_class)
             shares = {"both": (first & second).mean(), "first": first.mean(), "second": second.mean()}
         book.add(row, run_seed, shares | figures, texts)
 
@@ -439,7 +464,15 @@ def main(settings):
         settings, "num_texts", "new_tokens", "num_samples", "control_tokens", "seeds", "batch_size"
     )
     check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
-    for text in (cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights):
+    for text in (
+        cfg_scales,
+        plain_temperatures,
+        sigma2s,
+        guidance_weights,
+        best_of,
+        expert_weights,
+        vector_weights,
+    ):
         numbers(text)  # reports at once what is not a number
     model = DGLM(out_dir or newest_model(), device)
     labels = items(attributes) if "control" in wanted else []
@@ -449,7 +482,7 @@ def main(settings):
 
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]
-    read += [text_file, judge_lm, *items(judges)]
+    read += [text_file, judge_lm, *items(judges), *items(vector_rows)]
     read += glob.glob(f"{model.folder}/*.safetensors") + glob.glob(f"{model.folder}/probes/*.npz")
     for path in filter(os.path.isfile, read):
         made_with[os.path.relpath(path, model.folder)] = sha256(path)
@@ -459,7 +492,14 @@ def main(settings):
     for label in labels:
         known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in loaded.values())
         check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
-    bench = Bench(model, lm, loaded, peers.load_experts(experts if labels else "", model))
+    bench = Bench(model, lm, loaded, peers.load_experts(experts if labels else "", model), {})
+    layers = model.decoder.gpt.config.n_layer
+    check(
+        0 <= vector_layer < layers or not vector_rows, f"--vector_layer: this decoder's are 0 to {layers - 1}"
+    )
+    for path in items(vector_rows):
+        texts, classes = zip(*((row["text"], row["label"]) for row in read_rows(path, "text", "label")))
+        bench.vectors.update(peers.steering_vectors(model, texts, classes, vector_layer))
     os.makedirs(results, exist_ok=True)
     _locked = lock(f"{results}/.lock")  # until main ends
     for name in wanted:

@@ -2,11 +2,13 @@
 
     best_of_n    writes several texts and keeps the one that the probe finds likeliest
     dexperts     pulls the decoder's logits towards those of a fine-tuned expert
+    vectors      shift the decoder's hidden states by a difference of means
     prompting    asks an instruction-tuned language model
 
 eval.py measures them beside DGLM. None of them uses the diffusion to steer.
 
 [DExperts] Liu et al. 2021, DExperts: Decoding-Time Controlled Text Generation. arXiv 2105.03023
+[CAA] Rimsky et al. 2024, Steering Llama 2 via Contrastive Activation Addition. arXiv 2312.06681
 """
 
 from plumbing.config import check
@@ -86,6 +88,43 @@ def load_experts(text, model):
         check(fits and tuned == [True, True], "--experts: CLASS=EXPERT+ANTI, this decoder tuned twice")
         experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
     return experts
+
+
+@torch.no_grad()
+def steering_vectors(model, texts, labels, layer):
+    """-> {label: v (n_embd,)}, by which a label's texts differ after a block of the decoder [CAA]:
+
+        v_y = mean_{texts with y} h - mean_{y' not y} mean_{texts with y'} h
+
+    h are the hidden states after block `layer` at all tokens (DiffMean in AxBench, Wu et al. 2025).
+    """
+    gpt, means, states = model.decoder.gpt, {}, []
+    hook = gpt.h[layer].register_forward_hook(lambda block, inputs, h: states.append(h))
+    for label in sorted(set(labels)):
+        prompts = [model.tokenizer.encode_ordinary(text)[:64] for text, y in zip(texts, labels) if y == label]
+        total, count = 0, 0
+        for start in range(0, len(prompts), 64):
+            reader = Reader(gpt, prompts[start : start + 64], max_new_tokens=0)
+            reader()
+            real = reader.usable[:, 0, 0]  # (B, T), False for padding
+            total, count = total + states.pop()[real].float().sum(0), count + real.sum()
+        means[label] = total / count
+    hook.remove()
+    rest = {label: torch.stack([m for y, m in means.items() if y != label]).mean(0) for label in means}
+    return {label: means[label] - rest[label] for label in means}
+
+
+def by_vectors(model, prefixes, vectors, layer, a, max_new_tokens, sampling, rng):
+    """Continues prefixes while a times the sum of `vectors` is added to what block `layer` gives -> texts."""
+    gpt, shift = model.decoder.gpt, a * sum(vectors)
+    hook = gpt.h[layer].register_forward_hook(lambda block, inputs, h: h + shift.to(h))
+    try:
+        prompts = [model.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
+        soft = {"eot_row": model.decoder.generator.eot_row}
+        rows = gpt.generate(prompts, max_new_tokens, sampling, model.tokenizer.eot_token, rng, **soft)
+    finally:
+        hook.remove()
+    return [model.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
 
 def prompting(lm, prefixes, classes, max_new_tokens, sampling):

@@ -27,9 +27,7 @@ guide = "none"  # none, or classes of probes: negative (with its probe's weight)
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # longest text
 proposal_tokens = 0  # a longer text gets a new proposal for each part; 0: two thirds of a training window
-out_dir = (
-    ""  # the model's folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
-)
+out_dir = ""  # a folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
 steps = Sampling.steps  # diffusion steps: 4 for dpm++, many for ddim and ddpm; the paper: 250
 sampler = Sampling.sampler  # dpm++, ddim or ddpm; the paper: ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance: above 1 follows the prefix more; the paper: 1

@@ -104,7 +104,7 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
         why = str(e).strip().partition("\n")[0]
-        raise InputError(f"cannot load the tokenizer of {name}: {why}") from None
+        raise InputError(f"cannot load {name}: {why}") from None
     if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
         splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
         whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])

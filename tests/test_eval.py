@@ -21,8 +21,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 
 import eval as evaluation
-from model import GPT, GPTConfig, Probe, Sampling
-from peers import best_of_n, dexperts_logits
+from model import DGLM, GPT, GPTConfig, Probe, Sampling
+from peers import best_of_n, by_vectors, dexperts_logits, steering_vectors
 from plumbing.decoding import Reader, decode
 from plumbing.judges import LanguageModel, fit_judge, read_judge
 from plumbing.toy import toy_documents
@@ -45,12 +45,15 @@ guide_through = "estimate,network"
 best_of = "3"
 experts = "negative=out/toy+out/toy,sports=out/toy+out/toy"
 expert_weights = "1"
+vector_rows = "sentiment.jsonl,topic.jsonl"
+vector_layer = 0
+vector_weights = "1"
 pairs = "negative+sports"
 lengths = "8,999"
 batch_sizes = "1,4"
 seeds = 2
 """
-WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "DExperts 1", "prompted"]
+WAYS = ["weight 0", "weight 20", "network, weight 20", "best of 3", "DExperts 1", "vector 1", "prompted"]
 ALONE = ["none", "negative", "sports", "negative,sports", *WAYS[3:]]
 ROWS = {
     "generation": ["reference", "true embedding", "plain decoder, temperature 1", "w 1", "w 3"],
@@ -177,6 +180,39 @@ def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a, top_k):
     greedy = Sampling(temperature=0, top_k=top_k, top_p=0.9, repetition_penalty=1)
     rows = decode(dexperts_logits(*readers, a, greedy), 8, greedy)
     assert rows == [by_hand(torch.tensor([prompt])) for prompt in prompts]
+
+
+@torch.no_grad()
+def test_a_steering_vector_is_a_difference_of_means_and_shifts_the_hidden_states(project):
+    model = DGLM(f"{project}/out/toy")
+    gpt, bpe = model.decoder.gpt, model.tokenizer
+    texts = ["The food was awful.", "A bad film", "We loved the hotel and the beach.", "Great", "Not sure"]
+    labels = ["negative", "negative", "positive", "positive", "neutral"]
+    vectors = steering_vectors(model, texts, labels, layer=0)
+
+    def states(text):
+        h = gpt.wte(torch.tensor([bpe.encode_ordinary(text)]))
+        return gpt.h[0](h + gpt.wpe(torch.arange(h.shape[1])), None, None, None, None)[0]
+
+    means = {
+        y: torch.cat([states(t) for t, label in zip(texts, labels) if label == y]).mean(0) for y in labels
+    }
+    by_hand = means["negative"] - (means["positive"] + means["neutral"]) / 2
+    torch.testing.assert_close(vectors["negative"], by_hand, atol=1e-4, rtol=1e-4)
+
+    def write(a, vectors=(by_hand,)):
+        rng = torch.Generator().manual_seed(0)
+        return by_vectors(model, ["The food", "It"], vectors, 0, a, 12, Sampling(), rng)
+
+    plain = gpt.generate(
+        [bpe.encode_ordinary(p) for p in ("The food", "It")],
+        12,
+        Sampling(),
+        bpe.eot_token,
+        torch.Generator().manual_seed(0),
+    )
+    assert write(0.0) == [bpe.decode(row) for row in plain] != write(8.0)
+    assert write(2.0) == write(1.0, (by_hand, by_hand)) and not gpt.h[0]._forward_hooks
 
 
 # ---- every task, on the toy ----
