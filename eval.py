@@ -63,7 +63,7 @@ experts = ""  # control, compose: CLASS=EXPERT+ANTI, ...: folders of this decode
 expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of their logits counts
 vector_rows = ""  # control, compose: JSON lines (text, label), several with commas, for steering vectors
 vector_layer = 15  # control, compose: the block after which they are added, from 0
-vector_weights = "0.5,1,2,4"  # control, compose: how often
+vector_weights = "0.5,1,2,4"  # control, compose: how many times they are added
 pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
@@ -186,6 +186,7 @@ def show(table):
     print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for row, figures in table.items():
         cells = ("{:.4g} ± {:.2g}".format(*figures[name]) if name in figures else "" for name in names)
+        cells = (cell.removesuffix(" ± 0") for cell in cells)  # one seed tells nothing about the error
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
@@ -345,14 +346,14 @@ def steer(bench, book, sampling, rows):
         rude = rude_prompts and classes == ["nontoxic"]
         texts, figures = write(rude_prompts if rude else prompts, way, run_seed)
         if len(classes) == 1:
-            each = share(*classes, texts)
+            (label,) = classes
+            each = share(label, texts)
             shares = {"share": np.mean(list(each.values()))} | each
-            for i in range(3 if control_tokens >= 96 else 0):
-                part = [
-                    words[len(words) * i // 3 : len(words) * (i + 1) // 3] for words in map(str.split, texts)
-                ]
-                each = share(*classes, list(map(" ".join, part)))
-                shares[f"third {i + 1}"] = np.mean(list(each.values()))
+            words = [text.split() for text in texts]
+            words = [w for w in words if len(w) >= 30] if control_tokens >= 96 else []
+            for i in range(3 if words else 0):
+                part = [" ".join(w[len(w) * i // 3 : len(w) * (i + 1) // 3]) for w in words]
+                shares[f"third {i + 1}"] = np.mean(list(share(label, part).values()))
         else:  # a text has a class if the mean of its judges says so
             by_class = [list(scores(bench.judges, label, texts).values()) for label in classes]
             first, second = (np.mean(p, axis=0) > 0.5 for p in by_class)
@@ -429,8 +430,9 @@ def runtime(bench, book, sampling):
         for part in parts.values():  # to warm up
             part()
         figures = {name: timed(part)[1] / batch for name, part in parts.items()}
-        every = sum(figures[part] for part in ("encode", "diffuse, guided", "prompt", "decode"))
-        figures["relative"] = every / figures["decode"]
+        proposals = -(-count // bench.model.proposal_tokens)
+        others = sum(figures[part] for part in ("encode", "diffuse, guided", "prompt"))
+        figures["relative"] = 1 + proposals * others / figures["decode"]
         book.add(row, run_seed, figures, [])
 
 
@@ -497,8 +499,9 @@ def main(settings):
     check(
         0 <= vector_layer < layers or not vector_rows, f"--vector_layer: this decoder's are 0 to {layers - 1}"
     )
-    for path in items(vector_rows):
-        texts, classes = zip(*((row["text"], row["label"]) for row in read_rows(path, "text", "label")))
+    for path in items(vector_rows if labels else ""):
+        texts, classes = zip(*((row["text"], str(row["label"])) for row in read_rows(path, "text", "label")))
+        check(len(set(classes)) > 1, f"--vector_rows: {path} has one label only, {classes[0]!r}")
         bench.vectors.update(peers.steering_vectors(model, texts, classes, vector_layer))
     os.makedirs(results, exist_ok=True)
     _locked = lock(f"{results}/.lock")  # until main ends

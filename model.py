@@ -785,46 +785,56 @@ class DGLM:
     def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
         """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
         prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
-        rows = self.decoder.write(prompts, self.standardise(e), max_new_tokens, sampling, rng)
-        return [self.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+        return self.decode(self.write_part(prompts, e, max_new_tokens, sampling, rng))
+
+    def write_part(self, prompts, e, count, sampling, rng, earlier=()):
+        """Continues lists of tokens, or of each the last words that fit -> lists of tokens."""
+        room = self.decoder.gpt.config.n_positions - self.decoder.generator.K - count
+        prompts = [self.last_words(prompt, room) for prompt in prompts]
+        return self.decoder.write(prompts, self.standardise(e), count, sampling, rng, earlier)
 
     def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
-        """Continues prefixes in parts of at most proposal_tokens, each with a proposal of its own, which is
+        """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, which is
         conditioned on the text so far -> texts, the means of their proposals (B, E).
         """
         prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
         proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
-        for done in range(0, max_new_tokens, proposal_tokens):
-            count = min(proposal_tokens, max_new_tokens - done)
+        longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
+        for end in [*range(proposal_tokens, max_new_tokens, proposal_tokens), max_new_tokens]:
             so_far, earlier = [prompts[i] + new[i] for i in unfinished], [new[i] for i in unfinished]
-            known = [self.last_words(text, self.data["block_size"]) for text in so_far]
-            e = self.propose(known, guide, sampling, rng, on_step)
-            room = self.decoder.gpt.config.n_positions - self.decoder.generator.K - count
-            read = [self.tokenizer.encode_ordinary(self.last_words(text, room)) for text in so_far]
-            rows = self.decoder.write(read, self.standardise(e), count, sampling, rng, earlier)
+            known = self.decode(self.last_words(tokens, self.data["block_size"]) for tokens in so_far)
+            e = self.propose([text.strip() for text in known], guide, sampling, rng, on_step)
+            count = min(end - min(map(len, earlier)), longest)
+            rows = self.write_part(so_far, e, count, sampling, rng, earlier)
             for i, proposal, row in zip(unfinished, e, rows):
                 proposals[i].append(proposal)
-                words = [at for at in range(1, len(row)) if self.begins_word(row[at])]
-                more = len(row) == count and done + count < max_new_tokens
-                new[i] += row[: words[-1]] if more and words else row  # the last word may be half a word
+                new[i] = (new[i] + row)[:max_new_tokens]
+                last = range(max(1, len(new[i]) - 8), len(new[i]))
+                words = [at for at in last if self.begins_word(new[i][at])]
+                if words and len(row) == count and end < max_new_tokens:
+                    new[i] = new[i][: words[-1]]  # the last word may be half a word
             unfinished = [i for i, row in zip(unfinished, rows) if len(row) == count]
             if not unfinished:
                 break
-        texts = [self.tokenizer.decode(row).rstrip("\ufffd") for row in new]
-        return texts, torch.stack([torch.stack(each).mean(0) for each in proposals])
+        return self.decode(new), torch.stack([torch.stack(each).mean(0) for each in proposals])
+
+    def decode(self, rows):
+        """Lists of tokens -> texts, without half a character at the end."""
+        return [self.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
 
     def begins_word(self, token):
         return self.tokenizer.decode_single_token_bytes(token)[:1].isspace()
 
     def last_words(self, tokens, size):
-        """The end of a text, of at most `size` tokens, from a word on."""
-        if len(tokens) > size:
-            words = [at for at in range(len(tokens) - size, len(tokens)) if self.begins_word(tokens[at])]
-            tokens = tokens[words[0] if words else -size :]
-        return self.tokenizer.decode(tokens).strip()
+        """The end of a list of tokens, at most `size`, from a word on if it can be."""
+        if len(tokens) <= size:
+            return tokens
+        words = [at for at in range(len(tokens) - size, len(tokens)) if self.begins_word(tokens[at])]
+        return tokens[words[0] if words else -size :]
 
     def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
-        """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order.
+        """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order. A text in
+        several parts comes with the mean of its proposals.
 
         prefixes: a list of texts; one may be empty. options: the fields of `Sampling`; batch_size (64);
         proposal_tokens, after which a longer text gets a new proposal (two thirds of a training window);
@@ -845,6 +855,8 @@ class DGLM:
         parse_guide(guide, self.probes)
         prefixes = [clean(p.rstrip()) for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
+        if max_new_tokens > proposal_tokens:
+            longest = max(longest, 1)  # later parts follow something
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, min(max_new_tokens, proposal_tokens))
         rng = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]

@@ -96,12 +96,14 @@ def steering_vectors(model, texts, labels, layer):
 
         v_y = mean_{texts with y} h - mean_{y' not y} mean_{texts with y'} h
 
-    h are the hidden states after block `layer` at all tokens (DiffMean in AxBench, Wu et al. 2025).
+    h are the hidden states after block `layer`, at the first 64 tokens (DiffMean in Wu et al. 2025).
     """
     gpt, means, states = model.decoder.gpt, {}, []
+    longest = min(64, gpt.config.n_positions)
     hook = gpt.h[layer].register_forward_hook(lambda block, inputs, h: states.append(h))
     for label in sorted(set(labels)):
-        prompts = [model.tokenizer.encode_ordinary(text)[:64] for text, y in zip(texts, labels) if y == label]
+        mine = [text for text, y in zip(texts, labels) if y == label]
+        prompts = [model.tokenizer.encode_ordinary(text)[:longest] for text in mine]
         total, count = 0, 0
         for start in range(0, len(prompts), 64):
             reader = Reader(gpt, prompts[start : start + 64], max_new_tokens=0)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from model import GPT, Sampling
 from plumbing.bpe import read_bpe
 from plumbing.data import COLUMNS, DATA_FORMAT, data_name
-from plumbing.decoders import load_tokenizer
+from plumbing.decoders import load_tokenizer, source_sha256
 from plumbing.devices import generator_at, pick_device
 from plumbing.files import hub_file, lock, read_rows, sha256, write_file
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
@@ -99,21 +99,21 @@ def c4_documents():
 
 
 def self_documents():
-    """Documents of about a window, written by the decoder that --tokenizer names, in batches.
+    """Documents of about a window, written by the decoder that --tokenizer names.
 
     Each follows <|endoftext|> and the next line of the openings, where {a|b} stands for either. A line
     `Write a sad sentence. => My {cat|dog}` asks a decoder with a chat template, and its answer begins as the
     line ends. Yields functions -> (text, whether it is complete), so that a run that continues skips them.
     """
-    gpt = GPT.from_pretrained(tokenizer, renumber=False).to(pick_device(device))
-    theirs, (_, (*ordinary, eot), _) = load_tokenizer(tokenizer), read_bpe(tokenizer)
-    ordinary, lines = (
-        set(ordinary),
-        Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"],
-    )
-    can_ask = theirs.chat_template or not any("=>" in line for line in lines)
-    check(can_ask, f"{openings}: {tokenizer} has no chat template, so it cannot be asked with =>")
-    sampling = Sampling(temperature=1, top_k=1000, top_p=0.95, repetition_penalty=1)
+    lines = Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"]
+    lines = [line for line in lines if line.strip()]
+    check(lines, f"{openings} holds no line of text")
+    theirs, can_ask = load_tokenizer(tokenizer), not any("=>" in line for line in lines)
+    check(can_ask or theirs.chat_template, f"{openings}: {tokenizer} has no chat template, so it knows no =>")
+    where = pick_device(device.split(",")[0])
+    gpt = GPT.from_pretrained(tokenizer, renumber=False).to(where)
+    *ordinary, eot = read_bpe(tokenizer)[1]
+    ordinary, sampling = set(ordinary), Sampling(temperature=1, top_k=1000, top_p=0.95, repetition_penalty=1)
 
     def begin(number):
         """-> the tokens before document `number`, and its first tokens."""
@@ -129,19 +129,19 @@ def self_documents():
     @lru_cache(maxsize=1)
     def write(group):
         """-> {number: document}, 512 of them; those with prompts of similar length are written together."""
-        begun = sorted((sum(map(len, begin(n))), n, *begin(n)) for n in range(512 * group, 512 * (group + 1)))
-        texts = {}
+        begun = {number: begin(number) for number in range(512 * group, 512 * (group + 1))}
+        order, texts = sorted(begun, key=lambda number: len(sum(begun[number], []))), {}
         for at in tqdm(range(0, 512, 128), "write", leave=False):
-            rng = generator_at(pick_device(device), seed, group, at)
-            prompts = [before + start for *_, before, start in begun[at : at + 128]]
-            rows = gpt.generate(prompts, block_size, sampling, rng=rng)
-            for (_, number, _, start), row in zip(begun[at : at + 128], rows):
-                row = (start + row)[: block_size + 1]
-                text = list(itertools.takewhile(ordinary.__contains__, row))  # special tokens end it
-                texts[number] = theirs.decode(text).rstrip("\ufffd"), text != row
+            numbers, rng = order[at : at + 128], generator_at(where, seed, group, at)
+            prompts = [sum(begun[number], []) for number in numbers]
+            for number, row in zip(numbers, gpt.generate(prompts, block_size, sampling, rng=rng)):
+                row = (begun[number][1] + row)[: block_size + 1]
+                kept = list(itertools.takewhile(ordinary.__contains__, row))  # special tokens end it
+                texts[number] = theirs.decode(kept).rstrip("\ufffd"), kept != row
         return texts
 
-    return (partial(lambda number: write(number // 512)[number], number) for number in itertools.count())
+    for number in itertools.count():
+        yield partial(lambda number: write(number // 512)[number], number)
 
 
 def text_files(path):
@@ -164,7 +164,7 @@ def documents(folder):
     for path in dataset.split(","):
         if path == "self":
             texts.append(enumerate(self_documents()))
-            hashes += [sha256(openings)] if openings else []
+            hashes += [source_sha256(tokenizer), *map(sha256, filter(None, [openings]))]
             continue
         check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path")
         files = text_files(path)
@@ -218,11 +218,12 @@ class Boundaries(NamedTuple):
         return cls(np.array(word), np.array(character), np.array(sentence), bare)
 
 
-def cut(tokens, size, boundaries):
+def cut(tokens, size, boundaries, complete=True):
     """Yields windows of at most `size` tokens, each followed by the one token that comes next.
 
-    tokens: (n,) of a document, <|endoftext|> last. A window ends after its last sentence, else word, else
-    letter, and begins without a space, like a prefix that a person types.
+    tokens: (n,) of a document; <|endoftext|> last if it is complete, else only the first window is yielded. A
+    window ends after its last sentence, else word, else letter, and begins without a space, like a prefix
+    that a person types.
     """
     word, character, sentence, bare = boundaries
     start = 0
@@ -231,12 +232,12 @@ def cut(tokens, size, boundaries):
         if len(head) > size // 2:
             head = tokens[start : start + 1]
         end = min(start + size - len(head) + 1, len(tokens) - 1)  # tokens[end] is the one that comes next
-        if end < len(tokens) - 1:
+        if end < len(tokens) - 1 or not complete:
             at = np.arange(start + size // 2, end) + 1  # ending in the first half would waste the window
             begins = [word[tokens[at]] & sentence[tokens[at - 1]], word[tokens[at]], character[tokens[at]]]
             end = next((int(at[b][-1]) for b in begins if b.any()), end)
         yield np.concatenate((head, tokens[start + 1 : end + 1]))
-        start = end
+        start = end if complete else len(tokens)
 
 
 def split_points(window, boundaries, rng):
@@ -248,7 +249,7 @@ def split_points(window, boundaries, rng):
     return rng.choice(places, min(splits, len(places)), replace=False).tolist()
 
 
-def windows(bpe, boundaries, text, complete, number):
+def windows(bpe, boundaries, text, number, complete=True):
     """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each.
 
     <|endoftext|> comes after the last if it is complete. There are none if it is empty or, in c4, not prose:
@@ -258,7 +259,7 @@ def windows(bpe, boundaries, text, complete, number):
     if len(tokens) < 2 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
     rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
-    pieces = cut(tokens, block_size, boundaries)
+    pieces = cut(tokens, block_size, boundaries, complete)
     return [(piece, split) for piece in pieces for split in split_points(piece[:-1], boundaries, rng)]
 
 
@@ -269,7 +270,7 @@ def shards(numbered, bpe, boundaries):
         text, complete = text() if callable(text) else (text, True)
         text = clean(text).strip()
         held_out = zlib.crc32(text.encode()) % val_every == 0  # the same text is always on the same side
-        shard += [(*window, held_out) for window in windows(bpe, boundaries, text, complete, number)]
+        shard += [(*window, held_out) for window in windows(bpe, boundaries, text, number, complete)]
         if len(shard) >= SHARD:
             yield shard, number + 1
             shard = []

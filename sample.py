@@ -91,7 +91,8 @@ def read_prefixes():
 def print_step(model, before, log_snr, e):
     """One line for the proposal e (1, E) predicted at a step, with the decoder's likeliest words for it."""
     rng = torch.Generator(model.device).manual_seed(seed + 1)  # its own, so that the text stays the same
-    (words,) = model.write([before], e, max_new_tokens, Sampling(temperature=0), rng)
+    count = min(max_new_tokens, proposal_tokens or model.proposal_tokens)
+    (words,) = model.write([before], e, count, Sampling(temperature=0), rng)
     shares = ""
     for each in parse_guide(guide, model.probes):
         name = "not-" * each.away + each.probe.classes[each.label]

@@ -97,7 +97,7 @@ def load_tokenizer(name):
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from transformers import AutoTokenizer
 
-    folder, file = name, {}
+    folder, file = name, {"padding_side": "left"}
     if path := gguf_path(name):
         folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
     try:

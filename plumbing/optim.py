@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for matrix in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                if "momentum_buffer" not in self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = self.state[matrix]["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 0.05)
                 update = orthogonalise(matrix.grad.lerp(momentum, 0.95))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 
 import eval as evaluation
 from model import DGLM, GPT, GPTConfig, Probe, Sampling
-from peers import best_of_n, by_vectors, dexperts_logits, steering_vectors
+from peers import best_of_n, by_vectors, dexperts_logits, prompting, steering_vectors
 from plumbing.decoding import Reader, decode
 from plumbing.judges import LanguageModel, fit_judge, read_judge
 from plumbing.toy import toy_documents
@@ -125,6 +125,13 @@ def test_perplexity_is_of_the_text_given_its_prefix(judge_lm):
         assert count == len(text)
         assert nat == pytest.approx(each[len(prefix) :].sum().item(), rel=0.02, abs=1e-6)
         np.testing.assert_allclose(feature, theirs.hidden_states[-1][0, -1], atol=0.05)
+
+
+def test_prompting_continues_each_prefix_whatever_the_others_are(judge_lm):
+    lm, greedy = LanguageModel(str(judge_lm), "cpu"), Sampling(temperature=0)
+    prefixes = ["It", "A long walk by the sea", "Our"]
+    together = prompting(lm, prefixes, ["sad"], 8, greedy)
+    assert together == [prompting(lm, [prefix], ["sad"], 8, greedy)[0] for prefix in prefixes]
 
 
 @pytest.mark.parametrize("moods", [["bad", "good"], ["bad", "good", "odd"]])

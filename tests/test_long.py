@@ -61,3 +61,10 @@ def test_finished_texts_take_no_part_in_the_next(model):
     sizes = [len(part) for part in seen]
     assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 12
     assert len(texts) == 12
+
+
+def test_watching_shows_every_part(project, call):
+    base = "sample.py --out_dir out/toy --prefix It --steps 2 --proposal_tokens 20 --max_new_tokens 90"
+    status, lines, _ = call(project, f"{base} --may_end False --watch")
+    assert status == 0 and sum(line.startswith("lambda") for line in lines) == 10
+    assert lines[-1] == call(project, f"{base} --may_end False")[1][-1]

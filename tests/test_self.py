@@ -1,6 +1,7 @@
 """Text that a decoder writes itself, as training data."""
 
 import json
+import shutil
 
 import pytest
 import tokenizers
@@ -84,5 +85,6 @@ def test_self_takes_turns_with_other_text(writers, monkeypatch):
     ],
 )
 def test_mistakes_are_told_in_a_line(writers, call, options, message):
+    shutil.rmtree(writers / "data/self", ignore_errors=True)
     status, _, line = call(writers, f"{SELF} {options}")
     assert status == 2 and message in line

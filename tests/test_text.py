@@ -39,6 +39,17 @@ def test_windows_hold_all_of_any_text_and_what_follows_each(text):
     assert "".join(said.split()) == "".join(text.split())
 
 
+def test_an_unfinished_text_gives_one_window_that_ends_where_a_reader_would_cut_it(monkeypatch):
+    """And no <|endoftext|>."""
+    monkeypatch.setattr(prepare, "block_size", 30)
+    whole = " ".join(text for text, *_ in itertools.islice(toy_documents(0), 3))
+    for size in range(20, 32):
+        text = BPE.decode(BPE.encode_ordinary(whole)[:size])
+        ((window, _),) = prepare.windows(BPE, BOUNDARIES, text, 0, complete=False)
+        assert BPE.eot_token not in window
+        assert BPE.decode(window[:-1].tolist())[-1] in ".!?" or BPE.decode(window[-1:].tolist())[0] == " "
+
+
 @given(size=st.integers(6, 80), number=st.integers(0, 20))
 def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
     """At most `size` tokens, without a space in front, and together the whole document; each is followed by
