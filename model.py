@@ -441,9 +441,12 @@ class Decoder(nn.Module):
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
         The prefix carries loss unless the soft tokens come first, or continuation_only. With words_only, the
-        loss is `name_words`.
+        loss is `name_words`. With z None, <|endoftext|> replaces the soft tokens: the plain decoder.
         """
-        soft_prompt = self.generator(z, alpha2)
+        if z is None:
+            soft_prompt = self.gpt.wte.weight[-1].expand(len(tokens), 1, -1)
+        else:
+            soft_prompt = self.generator(z, alpha2)
         if words_only:
             return self.name_words(tokens, length, split, soft_prompt)
         h = self.gpt.wte(tokens)

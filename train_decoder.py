@@ -199,11 +199,13 @@ def make_decoder(data):
 
 @torch.no_grad()
 def evaluate(decoder, data):
-    """Losses of held-out continuations given their own embedding, or another row's; prints two texts."""
+    """Losses of held-out continuations given their own embedding, or another row's, and those of a frozen
+    decoder without soft tokens (plain), which noise should come down to; prints two texts.
+    """
     n = data.size["val"]
     rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
     far = np.roll(rows, len(rows) // 2)  # from another document
-    totals = dict.fromkeys((*VAL_SIGMA2, "shuffled"), 0.0)
+    totals = dict.fromkeys((*VAL_SIGMA2, "shuffled", *["plain"] * freeze), 0.0)
     for number, at in enumerate(np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size))):
         tokens, length, split, x = data.rows("val", rows[at], INPUTS, device)
         (other,) = data.rows("val", far[at], ("cont_emb",), device)
@@ -211,7 +213,7 @@ def evaluate(decoder, data):
         for level in totals:
             sigma2 = VAL_SIGMA2.get(level, VAL_SIGMA2["low"])
             log_snr = torch.full((len(x),), 1 - sigma2, device=device).logit()
-            z = diffuse(other if level == "shuffled" else x, eps, log_snr)
+            z = diffuse(other if level == "shuffled" else x, eps, log_snr) if level != "plain" else None
             with autocast(device):
                 loss = decoder(tokens, length, split, z, log_snr.sigmoid(), continuation_only=True)
             totals[level] += loss.item() * len(at) / len(rows)

@@ -183,6 +183,7 @@ def test_a_frozen_decoder_listens_and_is_not_in_the_checkpoint(frozen):
     assert weights["eot_row"].abs().max() > 0.01
     first, last = meta["history"]
     assert last["loss"] < first["loss"] and last["listens"] > 0.2
+    assert last["low"] < last["plain"]
 
 
 def test_sampling_takes_the_frozen_decoder_from_its_folder(frozen, call):
