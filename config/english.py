@@ -8,14 +8,14 @@ python probes.py config/english.py --data topic.jsonl.gz
 python probes.py config/english.py --data toxicity.jsonl.gz --balanced
 python eval.py config/english.py --task all
 
-Another decoder, for which nothing is trained yet, here GPT-2. It cannot be asked, so it gets no lines with =>.
-Its prompt generator first learns to name the words of the continuations, at a fortieth of the time per window
-that the decoder takes. Without this stage the decoder ignores it for hundreds of steps.
+Another decoder, for which nothing is trained yet, here GPT-2. It cannot be asked, so it gets no lines with
+=>. Its prompt generator first learns to name the words of the continuations, at a fortieth of the time per
+window that the decoder takes. Without this stage the decoder ignores it for hundreds of steps.
 
 grep -v "=>" config/openings.txt > openings.txt
 python prepare.py config/english.py --tokenizer gpt2 --openings openings.txt
-python train_decoder.py config/english.py --init_from gpt2 --words_only --out_dir out/words --batch_size 256 \\
-    --max_iters 700 --learning_rate 1e-3 --eval_interval 700
+python train_decoder.py config/english.py --init_from gpt2 --words_only --out_dir out/words \\
+    --batch_size 256 --max_iters 700 --learning_rate 1e-3 --eval_interval 700
 python train_decoder.py config/english.py --init_from out/words --out_dir out/gpt2
 python train_diffusion.py config/english.py --out_dir out/gpt2
 """

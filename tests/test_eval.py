@@ -291,6 +291,17 @@ def test_the_tables_tell_what_the_method_promises(evaluated):
     assert both > alone
 
 
+def test_long_texts_are_judged_by_thirds_too(evaluated, call):
+    project, _ = evaluated
+    few = "--attributes negative --guide_through estimate --best_of= --experts= --vector_rows= --seeds 1"
+    long = "--control_tokens 96 --may_end False"
+    status, lines, _ = call(project, f"eval.py config/small.py --task control --results long {few} {long}")
+    assert status == 0 and any("| third 1 | third 2 | third 3 |" in line for line in lines)
+    rows = map(json.loads, (project / "long/control.jsonl").read_text().splitlines()[1:])
+    figures = {row["row"]: row["figures"] for row in rows}
+    assert figures["negative: weight 20"]["third 3"] > figures["negative: weight 0"]["third 3"]
+
+
 def test_a_killed_evaluation_continues_to_the_same_results(evaluated):
     """Except for the seconds that it took."""
     project, _ = evaluated
