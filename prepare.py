@@ -108,8 +108,10 @@ def self_documents():
     lines = Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"]
     lines = [line for line in lines if line.strip()]
     check(lines, f"{openings} holds no line of text")
-    theirs, can_ask = load_tokenizer(tokenizer), not any("=>" in line for line in lines)
-    check(can_ask or theirs.chat_template, f"{openings}: {tokenizer} has no chat template, so it knows no =>")
+    theirs, asks = load_tokenizer(tokenizer), any("=>" in line for line in lines)
+    check(
+        theirs.chat_template or not asks, f"{openings}: {tokenizer} has no chat template, so it knows no =>"
+    )
     where = pick_device(device.split(",")[0])
     gpt = GPT.from_pretrained(tokenizer, renumber=False).to(where)
     *ordinary, eot = read_bpe(tokenizer)[1]

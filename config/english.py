@@ -56,7 +56,7 @@ probes = {"inverse_penalty": 1.0, "weight": 120.0}  # smooth: an overfitted prob
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz"
-    ",pretrained/english/judges/toxicity.npz,pretrained/english/judges/emotion.npz",
+    ",pretrained/english/judges/toxicity.npz",
     "num_texts": 256,
     "prefix_tokens": 12,
     "new_tokens": 24,
@@ -71,7 +71,7 @@ eval = {
     "|That ugly|Who the hell|These morons|I am so sick of|The bloody neighbours|Nobody gives a damn",
     "num_samples": 2,
     "control_tokens": 32,
-    "attributes": "negative,positive,sports,business,sci-tech,world,nontoxic,joy,anger,sadness,fear,surprise",
+    "attributes": "negative,positive,sports,business,sci-tech,world,nontoxic",
     "guidance_weights": "60,120",
     "guide_through": "estimate,network",
     "pairs": "negative+sports,positive+business",
