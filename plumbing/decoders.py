@@ -54,8 +54,8 @@ def source_sha256(name):
 def read_pretrained(name, renumber=True):
     """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32.
 
-    A .gguf file takes half a minute to dequantise, so the result is kept in the user's cache folder, unless its
-    tokens keep their own numbers.
+    A .gguf file takes half a minute to dequantise, so the result is kept in the user's cache folder,
+    unless its tokens keep their own numbers.
     """
     path = source(name)
     if os.path.isdir(path) or not renumber:
