@@ -15,7 +15,6 @@ from plumbing.config import InputError, check, check_positive, run
 
 import glob
 import importlib.util
-import json
 import math
 import os
 import re
@@ -28,16 +27,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
-from tqdm import tqdm
 
 import peers
-from model import DGLM, Sampling, parse_guide
+from model import DGLM, Sampling
 from plumbing.data import Data
 from plumbing.devices import generator_at
-from plumbing.files import lock, newest_model, read_rows, sha256, write_file
-from plumbing.judges import LanguageModel, load_judge
+from plumbing.files import lock, newest_model, read_rows, sha256
+from plumbing.guides import parse_guide
+from plumbing.judges import OPPOSITE, LanguageModel, load_judge, scores
+from plumbing.labelled import read_labelled
 from plumbing.plot import plot
+from plumbing.results import Results, show
 
 task = "generation"  # generation, noise, control, compose, runtime or all
 out_dir = ""  # a folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
@@ -64,7 +64,7 @@ expert_weights = "0.5,1,2,3.2"  # control, compose: how much the difference of t
 vector_rows = ""  # control, compose: JSON lines (text, label), several with commas, for steering vectors
 vector_layer = 15  # control, compose: the block after which they are added, from 0
 vector_weights = "0.5,1,2,4"  # control, compose: how many times they are added
-pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its probe's weight
+pairs = "negative+nontoxic,positive+nontoxic"  # compose: classes of the probes, each with its own weight
 lengths = "8,16,32,64,128,256,512"  # runtime: tokens
 batch_sizes = "1,32"  # runtime
 seeds = 5  # repetitions, with seeds seed, seed + 1, ...; the tables' 95 % intervals are over them
@@ -87,24 +87,11 @@ batch_size = 64  # texts at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # the first
 
-OPPOSITE = {"negative": "positive", "positive": "negative", "toxic": "nontoxic", "nontoxic": "toxic"}
+
+# ---------- Measures ----------------------------------------------------------------------------------------
 
 
-# ---------- Judges and measures -----------------------------------------------------------------------------
-
-
-def scores(judges, label, texts):
-    """{judge: p(label) of each text (N,)}, by all judges that know the label or its opposite."""
-    out = {}
-    for name, (classes, score) in judges.items():
-        known = label if label in classes else OPPOSITE.get(label)
-        if known in classes:
-            p = score(texts)[:, classes.index(known)]
-            out[os.path.basename(name)] = p if known == label else 1 - p
-    return out
-
-
-@dataclass(eq=False)
+@dataclass
 class Bench:
     """What the tasks need, loaded first, so that anything missing is reported before work starts."""
 
@@ -137,57 +124,6 @@ def measure(bench, prefixes, pairs):
         e = bench.model.encode(texts)
         figures["similarity"] = F.cosine_similarity(e, torch.stack(proposals)).mean().item()
     return figures, features
-
-
-# ---------- Results -----------------------------------------------------------------------------------------
-
-
-class Results:
-    """RESULTS/TASK.jsonl: one line that says what made it, then one for every row of the table and seed."""
-
-    def __init__(self, name, made_with):
-        self.path, self.made_with, self.lines = f"{results}/{name}.jsonl", made_with, []
-        if os.path.exists(self.path):
-            try:
-                with open(self.path, encoding="utf-8") as f:
-                    before, *self.lines = map(json.loads, f)
-            except ValueError:
-                raise InputError(f"{self.path} is damaged: remove it") from None
-            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
-            check(not changed, f"{self.path} was made with other {changed}: give another --results")
-
-    def missing(self, rows):
-        """Yields the (row, seed) that have no line yet."""
-        done = {(line["row"], line["seed"]) for line in self.lines}
-        every = [(row, seed + r) for row in rows for r in range(seeds)]
-        for row, run_seed in tqdm(every, self.path):
-            if (row, run_seed) not in done:
-                yield row, run_seed
-
-    def add(self, row, run_seed, figures, texts):
-        figures = {name: float(value) for name, value in figures.items()}
-        self.lines.append({"row": row, "seed": run_seed, "figures": figures, "texts": texts})
-        write_file(self.path, "".join(json.dumps(line) + "\n" for line in (self.made_with, *self.lines)))
-
-    def table(self):
-        """{row: {figure: (mean, half of its 95 % interval)}}, over seeds (Student's t)."""
-        out = {}
-        for row in dict.fromkeys(line["row"] for line in self.lines):
-            each = [line["figures"] for line in self.lines if line["row"] == row]
-            x, n = {name: np.array([figures[name] for figures in each]) for name in each[0]}, len(each)
-            wide = student_t.ppf(0.975, n - 1) / n**0.5 if n > 1 else 0.0
-            out[row] = {name: (v.mean(), wide * v.std(ddof=min(1, n - 1))) for name, v in x.items()}
-        return out
-
-
-def show(table):
-    """Prints a table as Markdown."""
-    names = list(dict.fromkeys(name for figures in table.values() for name in figures))
-    print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    for row, figures in table.items():
-        cells = ("{:.4g} ± {:.2g}".format(*figures[name]) if name in figures else "" for name in names)
-        cells = (cell.removesuffix(" ± 0") for cell in cells)  # one seed tells nothing about the error
-        print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 # ---------- Continuations of held-out text: generation and noise --------------------------------------------
@@ -282,35 +218,27 @@ def by_best_of_n(bench, prefixes, guide, n, run_seed, sampling):
     return chosen, seconds + sum(each for _, each in drafts)
 
 
+def in_batches(prefixes, write):
+    """write: some of the prefixes -> texts. -> pairs (text, None) for all, and the seconds they took."""
+    return timed(lambda: [(text, None) for part in batches(prefixes) for text in write(prefixes[part])])
+
+
 def by_experts(bench, prefixes, guide, a, run_seed, sampling):
     rng, pairs = generator_at(bench.model.device, run_seed), [bench.experts[c] for c in guide.split(",")]
-
-    def write():
-        for part in batches(prefixes):
-            yield from peers.dexperts(bench.model, prefixes[part], pairs, a, control_tokens, sampling, rng)
-
-    return timed(lambda: [(text, None) for text in write()])
+    how = pairs, a, control_tokens, sampling, rng
+    return in_batches(prefixes, lambda some: peers.dexperts(bench.model, some, *how))
 
 
 def by_vectors(bench, prefixes, guide, a, run_seed, sampling):
     rng, vectors = generator_at(bench.model.device, run_seed), [bench.vectors[c] for c in guide.split(",")]
-    where = vectors, vector_layer, a, control_tokens
-
-    def write():
-        for part in batches(prefixes):
-            yield from peers.by_vectors(bench.model, prefixes[part], *where, sampling, rng)
-
-    return timed(lambda: [(text, None) for text in write()])
+    how = vectors, vector_layer, a, control_tokens, sampling, rng
+    return in_batches(prefixes, lambda some: peers.by_vectors(bench.model, some, *how))
 
 
 def by_prompt(bench, prefixes, guide, _, run_seed, sampling):
     torch.manual_seed(run_seed)
-
-    def write():
-        for part in batches(prefixes):
-            yield from peers.prompting(bench.lm, prefixes[part], guide.split(","), control_tokens, sampling)
-
-    return timed(lambda: [(text, None) for text in write()])
+    how = guide.split(","), control_tokens, sampling
+    return in_batches(prefixes, lambda some: peers.prompting(bench.lm, some, *how))
 
 
 def alternatives(bench, classes):
@@ -466,15 +394,8 @@ def main(settings):
         settings, "num_texts", "new_tokens", "num_samples", "control_tokens", "seeds", "batch_size"
     )
     check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
-    for text in (
-        cfg_scales,
-        plain_temperatures,
-        sigma2s,
-        guidance_weights,
-        best_of,
-        expert_weights,
-        vector_weights,
-    ):
+    lists = cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights, vector_weights
+    for text in (*lists, lengths, batch_sizes):
         numbers(text)  # reports at once what is not a number
     model = DGLM(out_dir or newest_model(), device)
     labels = items(attributes) if "control" in wanted else []
@@ -485,7 +406,8 @@ def main(settings):
     made_with = {k: v for k, v in settings.items() if k not in ("task", "results", "device", "seeds")}
     read = [f"{part}/decoder.safetensors" for part in re.split("[=+,]", experts.replace(" ", ""))]
     read += [text_file, judge_lm, *items(judges), *items(vector_rows)]
-    read += glob.glob(f"{model.folder}/*.safetensors") + glob.glob(f"{model.folder}/probes/*.npz")
+    here = glob.escape(model.folder)
+    read += glob.glob(f"{here}/*.safetensors") + glob.glob(f"{here}/probes/*.npz")
     for path in filter(os.path.isfile, read):
         made_with[os.path.relpath(path, model.folder)] = sha256(path)
 
@@ -500,13 +422,12 @@ def main(settings):
         0 <= vector_layer < layers or not vector_rows, f"--vector_layer: this decoder's are 0 to {layers - 1}"
     )
     for path in items(vector_rows if labels else ""):
-        texts, classes = zip(*((row["text"], str(row["label"])) for row in read_rows(path, "text", "label")))
-        check(len(set(classes)) > 1, f"--vector_rows: {path} has one label only, {classes[0]!r}")
+        texts, classes = read_labelled(path)
         bench.vectors.update(peers.steering_vectors(model, texts, classes, vector_layer))
     os.makedirs(results, exist_ok=True)
     _locked = lock(f"{results}/.lock")  # until main ends
     for name in wanted:
-        book = Results(name, made_with)
+        book = Results(f"{results}/{name}.jsonl", made_with, range(seed, seed + seeds))
         TASKS[name](bench, book, sampling)
         print(f"\n{name}, fluency by {judge_lm}")
         show(book.table())

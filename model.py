@@ -19,12 +19,13 @@ tokens, M of diffusion tokens.
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
-from plumbing.config import InputError, check, check_positive
+from plumbing.config import check, check_positive, reported_as
 
 import glob
 import math
 import os
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from plumbing.decoders import read_pretrained, source_sha256
 from plumbing.decoding import Reader, decode, insert
 from plumbing.devices import autocast, pick_device, precision
 from plumbing.files import load_weights, model_folder
+from plumbing.guides import parse_guide
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
@@ -74,11 +76,7 @@ def x_and_eps(z_t, v, log_snr):
 
 
 def loss_weight(log_snr):
-    """The weight of the squared error of v at each log_snr [DGLM]: a Cauchy below 0, a Gaussian above.
-
-    As a weight on eps (times e^-lambda + 1) it never rises with lambda, so the loss is an ELBO with data
-    augmentation [KG], and the step of the official code that makes it monotone would change nothing.
-    """
+    """The weight of the squared error of v at each log_snr [DGLM]: a Cauchy below 0, a Gaussian above."""
     u = log_snr / 2.4
     return torch.where(log_snr < 0, 1 / (1 + u**2), torch.exp(-(u**2) / 2))
 
@@ -624,7 +622,7 @@ class Probe:
     coef: torch.Tensor  # (classes, E)
     intercept: torch.Tensor  # (classes,)
     encoder: str
-    weight: float  # of a guide without a weight of its own
+    weight: list  # of a guide to each class, unless it says another
 
     def log_prob(self, e):
         """Unit embeddings (..., E) -> log p(class | e) (..., classes)."""
@@ -633,59 +631,12 @@ class Probe:
     @classmethod
     def load(cls, path, device="cpu"):
         """Reads NAME.npz. Raises InputError if it is damaged, or not a probe."""
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                classes, encoder, weight = f["classes"].tolist(), str(f["encoder"]), float(f["weight"])
-                coef, intercept = (torch.tensor(f[k], device=device) for k in ("coef", "intercept"))
-        except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-            raise InputError(f"{path} is damaged, or not a probe of probes.py: {e}") from None
+        damaged = f"{path} is damaged, or not a probe of probes.py"
+        with reported_as(damaged), np.load(path, allow_pickle=False) as f:
+            classes, encoder = f["classes"].tolist(), str(f["encoder"])
+            weight = np.broadcast_to(f["weight"], len(classes)).tolist()
+            coef, intercept = (torch.tensor(f[k], device=device) for k in ("coef", "intercept"))
         return cls(os.path.basename(path).removesuffix(".npz"), classes, coef, intercept, encoder, weight)
-
-
-class Guide(NamedTuple):
-    """A class of a probe to steer towards, or away from, and how much."""
-
-    probe: Probe
-    label: int
-    away: bool
-    weight: float
-
-    def log_prob(self, e):
-        """Unit embeddings (..., E) -> log p(class | e), or log(1 - p(class | e)) (...)."""
-        log_p = self.probe.log_prob(e)
-        if not self.away:
-            return log_p[..., self.label]
-        others = [i for i in range(len(self.probe.classes)) if i != self.label]
-        return log_p[..., others].logsumexp(-1)
-
-
-def parse_guide(text, probes):
-    """`negative:30,sports`, `sentiment=negative`, `not-sports:40` or `none` -> [Guide, ...].
-
-    A weight that is not given is the probe's own. Raises InputError if no probe or more than one has the
-    class, or if the weight is not a number, 0 or above.
-    """
-    check(isinstance(text, str), f"--guide: {text!r} must be a text, such as none or negative:30")
-    guides = []
-    for item in [] if text.strip() in ("", "none") else text.split(","):
-        name, colon, number = (part.strip() for part in item.partition(":"))
-        probe_name, _, label = (part.strip() for part in name.rpartition("="))
-        away = label.startswith("not-") and not any(label in p.classes for p in probes)
-        label = label.removeprefix("not-") if away else label
-        found = [p for p in probes if label in p.classes and probe_name in ("", p.name)]
-        known = ", ".join(f"{p.name} ({', '.join(p.classes)})" for p in probes) or "none yet, see probes.py"
-        check(found, f"--guide: no probe has a class {name!r}; this model's probes: {known}")
-        ways = " or ".join(f"{p.name}={label}" for p in found)
-        check(len(found) == 1, f"--guide: several probes have a class {label!r}: say {ways}")
-        try:
-            weight = float(number) if colon else found[0].weight
-        except ValueError:
-            weight = math.nan
-        check(math.isfinite(weight), f"--guide: the weight in {item!r} is not a number")
-        other = label if away else f"not-{label}"
-        check(weight >= 0, f"--guide: the weight in {item!r} is negative: say {other}:{-weight:g}")
-        guides.append(Guide(found[0], found[0].classes.index(label), away, weight))
-    return guides
 
 
 # ---------- The whole: a trained folder, ready to write -----------------------------------------------------
@@ -723,7 +674,7 @@ class DGLM:
     Raises InputError if a part is missing or damaged, or does not belong to the rest.
     """
 
-    def __init__(self, folder, device="auto"):
+    def __init__(self, folder, device="auto", with_probes=True):
         self.device = pick_device(device)
         self.folder = folder = model_folder(folder)
         meta, self.decoder = load_decoder(folder, self.device)
@@ -743,7 +694,7 @@ class DGLM:
         self.encoder = None
         self.mean, self.std = (torch.tensor(self.data[k], device=self.device) for k in ("mean", "std"))
         self.probes = []
-        for path in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz")):
+        for path in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz")) if with_probes else ():
             self.probes.append(probe := Probe.load(path, self.device))
             ours, theirs = self.data["encoder"], probe.encoder  # a folder may stand for a hub name
             same = os.path.basename(ours) == os.path.basename(theirs)
@@ -788,52 +739,39 @@ class DGLM:
     def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
         """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
         prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
-        return self.decode(self.write_part(prompts, e, max_new_tokens, sampling, rng))
+        return self.tokenizer.texts(self.write_part(prompts, e, max_new_tokens, sampling, rng))
 
     def write_part(self, prompts, e, count, sampling, rng, earlier=()):
         """Continues lists of tokens, or of each the last words that fit -> lists of tokens."""
         room = self.decoder.gpt.config.n_positions - self.decoder.generator.K - count
-        prompts = [self.last_words(prompt, room) for prompt in prompts]
+        prompts = [self.tokenizer.last_words(prompt, room) for prompt in prompts]
         return self.decoder.write(prompts, self.standardise(e), count, sampling, rng, earlier)
 
     def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
         """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, which is
-        conditioned on the text so far -> texts, the means of their proposals (B, E).
+        conditioned on the text so far -> pairs (text, mean of its proposals (E,)).
         """
         prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
         proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
         longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
         for end in [*range(proposal_tokens, max_new_tokens, proposal_tokens), max_new_tokens]:
             so_far, earlier = [prompts[i] + new[i] for i in unfinished], [new[i] for i in unfinished]
-            known = self.decode(self.last_words(tokens, self.data["block_size"]) for tokens in so_far)
-            e = self.propose([text.strip() for text in known], guide, sampling, rng, on_step)
-            count = min(end - min(map(len, earlier)), longest)
+            count = min(end - min(map(len, earlier), default=end), longest)  # the shortest reaches `end`
+            if count <= 0:
+                continue
+            known = [self.tokenizer.last_words(tokens, self.data["block_size"]) for tokens in so_far]
+            known = [text.strip() for text in self.tokenizer.texts(known)]
+            e = self.propose(known, guide, sampling, rng, on_step)
             rows = self.write_part(so_far, e, count, sampling, rng, earlier)
             for i, proposal, row in zip(unfinished, e, rows):
                 proposals[i].append(proposal)
                 new[i] = (new[i] + row)[:max_new_tokens]
-                last = range(max(1, len(new[i]) - 8), len(new[i]))
-                words = [at for at in last if self.begins_word(new[i][at])]
-                if words and len(row) == count and end < max_new_tokens:
-                    new[i] = new[i][: words[-1]]  # the last word may be half a word
+                if len(row) == count and end < max_new_tokens:  # its last word may be half a word
+                    words = self.tokenizer.word_starts(new[i], max(1, len(new[i]) - 8))
+                    new[i] = new[i][: words[-1]] if words else new[i]
             unfinished = [i for i, row in zip(unfinished, rows) if len(row) == count]
-            if not unfinished:
-                break
-        return self.decode(new), torch.stack([torch.stack(each).mean(0) for each in proposals])
-
-    def decode(self, rows):
-        """Lists of tokens -> texts, without half a character at the end."""
-        return [self.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
-
-    def begins_word(self, token):
-        return self.tokenizer.decode_single_token_bytes(token)[:1].isspace()
-
-    def last_words(self, tokens, size):
-        """The end of a list of tokens, at most `size`, from a word on if it can be."""
-        if len(tokens) <= size:
-            return tokens
-        words = [at for at in range(len(tokens) - size, len(tokens)) if self.begins_word(tokens[at])]
-        return tokens[words[0] if words else -size :]
+        means = [torch.stack(each).mean(0) for each in proposals]
+        return list(zip(self.tokenizer.texts(new), means))
 
     def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
         """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order. A text in
@@ -844,9 +782,8 @@ class DGLM:
         on_step of `propose`. One seed fixes everything. Raises InputError, at once, for what cannot be used,
         such as a prefix that leaves no room for the new tokens.
         """
-        batch_size = options.pop("batch_size", 64)
+        batch_size, on_step = options.pop("batch_size", 64), options.pop("on_step", None)
         proposal_tokens = options.pop("proposal_tokens", 0) or self.proposal_tokens
-        on_step = options.pop("on_step", None)
         sampling = Sampling(**options)
         counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         counts["proposal_tokens"] = proposal_tokens
@@ -861,13 +798,8 @@ class DGLM:
         if max_new_tokens > proposal_tokens:
             longest = max(longest, 1)  # later parts follow something
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, min(max_new_tokens, proposal_tokens))
-        rng = torch.Generator(self.device).manual_seed(seed)
         rows = [p for p in prefixes for _ in range(num_samples)]
-
-        def pairs():
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                parts = max_new_tokens, proposal_tokens
-                yield from zip(*self.write_in_parts(batch, guide, *parts, sampling, rng, on_step))
-
-        return pairs()
+        batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        how = {"max_new_tokens": max_new_tokens, "proposal_tokens": proposal_tokens, "sampling": sampling}
+        how |= {"guide": guide, "rng": torch.Generator(self.device).manual_seed(seed), "on_step": on_step}
+        return chain.from_iterable(self.write_in_parts(batch, **how) for batch in batches)

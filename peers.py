@@ -20,9 +20,10 @@ from functools import cache
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from model import load_decoder, parse_guide
+from model import load_decoder
 from plumbing.decoding import Reader, decode, likeliest
 from plumbing.devices import autocast
+from plumbing.guides import parse_guide
 
 
 def best_of_n(model, drafts, guide):
@@ -72,7 +73,7 @@ def dexperts(model, prefixes, pairs, a, max_new_tokens, sampling, rng):
     experts, anti_experts = ([Reader(one, prompts, max_new_tokens) for one in side] for side in zip(*pairs))
     next_logits = dexperts_logits(base, experts, anti_experts, a, sampling, stop)
     rows = decode(next_logits, max_new_tokens, replace(sampling, top_k=0, top_p=1.0), stop, rng)
-    return [model.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+    return model.tokenizer.texts(rows)
 
 
 def load_experts(text, model):
@@ -126,7 +127,7 @@ def by_vectors(model, prefixes, vectors, layer, a, max_new_tokens, sampling, rng
         rows = gpt.generate(prompts, max_new_tokens, sampling, model.tokenizer.eot_token, rng, **soft)
     finally:
         hook.remove()
-    return [model.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
+    return model.tokenizer.texts(rows)
 
 
 def prompting(lm, prefixes, classes, max_new_tokens, sampling):

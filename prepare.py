@@ -20,7 +20,6 @@ from plumbing.config import InputError, check, check_positive, run
 
 import base64
 import glob
-import heapq
 import itertools
 import json
 import os
@@ -29,7 +28,6 @@ import shutil
 import tarfile
 import zlib
 from functools import lru_cache, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,8 +146,7 @@ def self_documents():
 
 def text_files(path):
     """The files of a dataset that is a path, in order."""
-    folders = os.walk(path) if os.path.isdir(path) else [("", [], [path])]
-    found = (os.path.join(folder, name) for folder, _, names in folders for name in names)
+    found = map(str, filter(Path.is_file, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
     return sorted(path for path in found if path.lower().endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
@@ -165,17 +162,22 @@ def documents(folder):
     texts, hashes = [], []
     for path in dataset.split(","):
         if path == "self":
-            texts.append(enumerate(self_documents()))
-            hashes += [source_sha256(tokenizer), *map(sha256, filter(None, [openings]))]
-            continue
-        check(os.path.exists(path), f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path")
-        files = text_files(path)
-        check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
-        inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
-        check(not inside, f"{path} lies in {folder}, which is for what is prepared: move or rename it")
-        texts.append(enumerate(itertools.chain.from_iterable(map(file_documents, files))))
+            files = [openings] if openings else []
+            texts.append(self_documents())
+            hashes.append(source_sha256(tokenizer))
+        else:
+            check(
+                os.path.exists(path),
+                f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path",
+            )
+            files = text_files(path)
+            check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
+            inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
+            check(not inside, f"{path} lies in {folder}, which is for what is prepared: move or rename it")
+            texts.append(itertools.chain.from_iterable(map(file_documents, files)))
         hashes += map(sha256, files)
-    return (text for _, text in heapq.merge(*texts, key=itemgetter(0))), hashes
+    turns = itertools.zip_longest(*texts)
+    return (text for turn in turns for text in turn if text is not None), hashes
 
 
 # ---------- From text to windows ----------------------------------------------------------------------------

@@ -6,8 +6,13 @@
     python probes.py --data other.jsonl --judge judge.npz       not a probe, but a judge for eval.py
 
 Writes OUT_DIR/probes/NAME.npz; then `python sample.py --guide LABEL` steers towards any of its labels, and no
-other weight changes. Accuracy, F1 and AUC are measured on a tenth of the rows, held out. A judge works on the
-words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
+other weight changes. Accuracy, F1 and AUC are measured on a tenth of the rows, held out.
+
+How hard to steer: half of the rows fits a probe that guides, and the other half a second one, which judges
+what the model writes at rising guidance weights. Each class gets the lowest weight that is about as good as
+the best. That is with the default way to sample. Both trainings come first.
+
+A judge works on the words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
 """
 
 from plumbing.config import check, check_positive, run
@@ -17,70 +22,58 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from plumbing.files import (
-    check_writable,
-    hub_file,
-    is_shipped,
-    load_weights,
-    newest_model,
-    read_rows,
-    write_file,
-)
+from model import DGLM, Probe
+from plumbing.files import check_writable, is_shipped, newest_model, write_file
 from plumbing.judges import fit_judge
-from plumbing.text import Encoder, clean
+from plumbing.labelled import SOURCES, read_labelled
 
 data = ""  # JSON-lines files (text, label), or sentiment, toxicity, topic; several with commas
 name = ""  # name of the probe; default the file's name
 judge = ""  # fit a judge instead, and write it to this .npz file
 out_dir = ""  # the model's folder; default the newest in out/, else pretrained/reviews
-encoder = ""  # a sentence-transformers name or folder; default the model's
-inverse_penalty = 1000.0  # scikit-learn's C; with a few thousand rows 1 overfits less
+inverse_penalty = 0.0  # scikit-learn's C; the paper's is 1000; 0: 300 / rows, smoother, which steers better
 max_iter = 10_000  # iterations of lbfgs
-weight = 15.0  # guidance weight of its classes if none is given: higher is surer and less fluent
+weight = 0.0  # guidance weight of its classes: higher is surer, less fluent; 0: found for each
 balanced = False  # weight classes equally, whatever their sizes; always so for the hub's toxicity
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 
-SOURCES = {  # the paper's attributes: files of the hub, and what their labels 0, 1, ... mean
-    "sentiment": (("SetFit/sst2", "SetFit/amazon_polarity"), ("negative", "positive")),
-    "toxicity": (("SetFit/toxic_conversations",), ("nontoxic", "toxic")),
-    "topic": (("SetFit/ag_news",), ("world", "sports", "business", "sci-tech")),
-}
+WEIGHTS = (20, 40, 80, 160, 320)  # to try
 
 
 def main(settings):
     check(data, "say --data: JSON lines with text and label, or " + ", ".join(SOURCES))
-    check_positive(settings, "weight", "inverse_penalty", "max_iter")
+    check_positive(settings, "max_iter")
+    for key in ("weight", "inverse_penalty"):
+        check(0 <= settings[key] < np.inf, f"{key}={settings[key]}: must be 0, or above 0")
     sources = data.split(",")
     check(len(sources) == 1 or not (name or judge), "--name and --judge are for a single source of data")
-    check(not judge or judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
-    own = os.path.basename(os.path.dirname(os.path.abspath(judge))) != "probes"
-    check(not judge or own, f"--judge {judge}: folders called probes hold probes: choose another")
-    check_writable(judge or ".npz")
+    if judge:
+        check(judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
+        own = os.path.basename(os.path.dirname(os.path.abspath(judge))) != "probes"
+        check(own, f"--judge {judge}: folders called probes hold probes: choose another")
+        check_writable(judge)
+        return train_judge(*read_labelled(data))
     folder = out_dir or newest_model()
     names = [name or os.path.basename(source).split(".")[0] for source in sources]
-    paths = [] if judge else [probe_path(folder, probe) for probe in names]
+    paths = [probe_path(folder, probe) for probe in names]
     check(len(set(paths)) == len(paths), f"two probes named {', '.join(names)}: say --name, one at a time")
     labelled = [read_labelled(source) for source in sources]  # all of them, so that mistakes come up at once
-    if judge:
-        return train_judge(*labelled[0])
-    encoder_name = choose_encoder(folder)
+    check(os.path.isdir(folder), f"--out_dir {folder}: there is no such folder; probes go into a model's")
+    model = DGLM(folder, device, with_probes=False)
     print(f"for the model {folder}")
-    encode = Encoder(encoder_name, device)
     os.makedirs(f"{folder}/probes", exist_ok=True)
-    print(f"{'probe':16}{'classes':36}{'rows':>8}{'accuracy':>10}{'F1':>8}{'AUC':>8}")
     for source, probe, path, (texts, labels) in zip(sources, names, paths, labelled):
-        chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
-        e = np.concatenate([encode(chunk) for chunk in tqdm(chunks, f"embed {source}", leave=False)])
-        arrays = train_probe(e, texts, labels, probe, balanced or source == "toxicity")
-        if truncated := sum(encode.count_truncated(chunk) for chunk in chunks):
-            print(f"  {truncated} of its texts are longer than the encoder reads: their ends do not count")
-        write_file(path, partial(np.savez, **arrays, encoder=encoder_name, weight=weight))
+        counts = Counter(labels)
+        print(f"\n{probe}: " + ", ".join(f"{counts[label]} {label}" for label in sorted(counts)))
+        arrays = train_probe(model, texts, labels, balanced or source == "toxicity")
+        write_file(path, partial(np.savez, **arrays, encoder=model.data["encoder"]))
 
 
 def probe_path(folder, probe):
@@ -92,82 +85,82 @@ def probe_path(folder, probe):
     return path
 
 
-def choose_encoder(folder):
-    """The model's encoder, or the one asked for. Raises InputError if they differ."""
-    if encoder and not os.path.exists(f"{folder}/decoder.safetensors"):
-        return encoder
-    ours = load_weights(folder, "decoder")[0]["data"]["encoder"]
-    same = os.path.basename(encoder or ours) == os.path.basename(ours)
-    check(same, f"--encoder {encoder}: the model in {folder} has the encoder {ours}, and needs probes of it")
-    return encoder or ours
+def divide(rows, labels, share):
+    """Splits rows at random; the second part has `share` of each class -> rows, rows, labels, labels."""
+    return train_test_split(rows, np.array(labels), test_size=share, random_state=seed, stratify=labels)
 
 
-def first_labels(texts, labels):
-    """-> {text: its first label} of the distinct texts."""
-    return dict(zip(reversed(texts), reversed(labels)))
+def fit(e, labels, balance, surer=1):
+    """Fits a logistic regression to unit embeddings e (N, E) -> a Probe. surer: times the inverse penalty."""
+    penalty = (inverse_penalty or 300 / len(e)) * surer
+    class_weight = "balanced" if balance else None
+    found = LogisticRegression(C=penalty, max_iter=max_iter, class_weight=class_weight).fit(e, labels)
+    coef, intercept = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
+    if len(coef) == 1:  # scikit-learn keeps the logit of the second class; softmax([0, logit]) is the same
+        coef, intercept = (torch.cat((torch.zeros_like(w), w)) for w in (coef, intercept))
+    return Probe("probe", found.classes_.tolist(), coef, intercept, encoder="", weight=[])
 
 
-def hold_out(texts, labels):
-    """-> which rows are held out (N,): those of a tenth of the distinct texts."""
-    first = first_labels(texts, labels)
-    _, unseen = train_test_split(list(first), test_size=0.1, random_state=seed, stratify=list(first.values()))
-    unseen = set(unseen)
-    return np.array([text in unseen for text in texts])
+def train_probe(model, texts, labels, balance):
+    """Fits a probe to nine tenths of the rows, and prints how good it is on the rest -> its arrays."""
+    chunks = [texts[i : i + 1024] for i in range(0, len(texts), 1024)]
+    e = torch.cat([model.encode(chunk).cpu() for chunk in tqdm(chunks, "embed", leave=False)]).numpy()
+    if truncated := sum(map(model.encoder.count_truncated, chunks)):
+        print(f"  {truncated} of its texts are longer than the encoder reads: their ends do not count")
+    e_known, e_unseen, y_known, y_unseen = divide(e, labels, 0.1)
+    probe = fit(e_known, y_known, balance)
+    p = probe.log_prob(torch.tensor(e_unseen)).exp().numpy()
+    guess = np.array(probe.classes)[p.argmax(1)]
+    accuracy, f1 = accuracy_score(y_unseen, guess), f1_score(y_unseen, guess, average="macro")
+    auc = roc_auc_score(y_unseen, p[:, 1] if p.shape[1] == 2 else p, multi_class="ovr")
+    print(f"  on {len(guess)} rows held out: accuracy {accuracy:.3f}, F1 {f1:.3f}, AUC {auc:.3f}")
+    if len(guess) < 10 * p.shape[1]:
+        print("  so few rows say little about the probe, and with more it would steer better")
+    if auc < 0.75:
+        print("  the encoder hardly tells these classes apart: expect little control")
+    weights = [weight] * p.shape[1] if weight else find_weights(model, e, texts, labels, balance)
+    arrays = {"classes": probe.classes, "coef": probe.coef.numpy(), "intercept": probe.intercept.numpy()}
+    return arrays | {"weight": weights, "accuracy": accuracy, "f1": f1, "auc": auc, "rows": len(labels)}
 
 
-def train_probe(e, texts, labels, probe, balanced):
-    """Fits embeddings e (N, E) of texts to labels, prints a row of the table -> the arrays of the probe."""
-    held_out, labels = hold_out(texts, labels), np.array(labels)
-    e_train, e_test, y_train, y_test = e[~held_out], e[held_out], labels[~held_out], labels[held_out]
-    class_weight = "balanced" if balanced else None
-    fit = LogisticRegression(C=inverse_penalty, max_iter=max_iter, class_weight=class_weight)
-    p = fit.fit(e_train, y_train).predict_proba(e_test)
-    guess, classes, binary = fit.classes_[p.argmax(1)], fit.classes_.tolist(), len(fit.classes_) == 2
-    accuracy, f1 = accuracy_score(y_test, guess), f1_score(y_test, guess, average="macro")
-    auc = roc_auc_score(y_test, p[:, 1] if binary else p, multi_class="ovr")
-    print(f"{probe:16}{', '.join(classes):36}{len(labels):8}{accuracy:10.3f}{f1:8.3f}{auc:8.3f}")
-    coef, intercept = fit.coef_.astype(np.float32), fit.intercept_.astype(np.float32)
-    if binary:  # scikit-learn keeps one row, the logit of the second; softmax([0, logit]) is the same probe
-        coef, intercept = np.vstack((np.zeros_like(coef), coef)), np.append(np.float32(0), intercept)
-    arrays = {"classes": np.array(classes), "coef": coef, "intercept": intercept}
-    return arrays | {"accuracy": accuracy, "f1": f1, "auc": auc, "rows": len(labels)}
+def find_weights(model, e, texts, labels, balance):
+    """-> for each class the lowest of WEIGHTS whose texts are within 0.03 of the best's p(class).
+
+    Half of the rows fits a probe that guides, the other half one that judges. For each weight the model
+    writes 48 texts: 12 prefixes, which are beginnings of the rows, are continued 4 times.
+    """
+    e_guiding, e_judging, y_guiding, y_judging = divide(e, labels, 0.5)
+    guiding, judging = fit(e_guiding, y_guiding, balance), fit(e_judging, y_judging, True, surer=10)
+    guiding.coef, guiding.intercept = guiding.coef.to(model.device), guiding.intercept.to(model.device)
+    model.probes, found = [guiding], []
+    begins = [" ".join(texts[i * len(texts) // 12].split()[:3]) for i in range(12)]
+    prefixes = model.tokenizer.texts(model.tokenizer.encode_ordinary(begin)[:8] for begin in begins)
+    print(f"  {'class':16}{'weight':>8}{'p(class)':>10}   cosine of proposals for the same prefix")
+    for at, label in enumerate(guiding.classes):
+        p_at = {}
+        for w in tqdm((0, *WEIGHTS), label, leave=False):
+            pairs = list(model.generate(prefixes, f"{label}:{w}", 4, model.proposal_tokens, seed))
+            written, proposals = zip(*pairs)
+            p_at[w] = judging.log_prob(model.encode(list(written)).cpu())[:, at].exp().mean().item()
+            groups = torch.stack(proposals).view(12, 4, -1)
+            cosine = ((groups @ groups.mT).sum((1, 2)).mean().item() - 4) / 12  # of 12 pairs in a group
+            tqdm.write(f"  {label:16}{w:8}{p_at[w]:10.2f}{cosine:9.2f}")
+            if w and p_at[w] > 0.95:
+                break
+        best = max(p_at[w] for w in p_at if w)
+        found.append(float(next(w for w in p_at if w and p_at[w] >= best - 0.03)))
+        print(f"  {label}: weight {found[-1]:g}")
+        if best < 0.5:
+            print(f"  even the strongest guide seldom makes a text {label}")
+    return found
 
 
 def train_judge(texts, labels):
     """Fits a judge to nine tenths of the rows, and prints how often it is right on the rest."""
-    held_out, texts, labels = hold_out(texts, labels), np.array(texts, dtype=object), np.array(labels)
-    known, unseen, y_known, y_unseen = texts[~held_out], texts[held_out], labels[~held_out], labels[held_out]
+    known, unseen, y_known, y_unseen = divide(texts, labels, 0.1)
     options = {"max_iter": max_iter, "class_weight": "balanced" if balanced else None}
     accuracy = fit_judge(judge, known, y_known, unseen, y_unseen, **options)
     print(f"{judge}: {', '.join(sorted(set(labels)))}; accuracy {accuracy:.3f} on {len(unseen)} rows")
-
-
-def read_labelled(source):
-    """A file, or the name of one of the SOURCES -> texts and labels, two lists of strings."""
-    paths, names = [source], None
-    if source in SOURCES and not os.path.exists(source):
-        repos, names = SOURCES[source]
-        paths = [hub_file(repo, "train.jsonl", repo_type="dataset") for repo in repos]
-    else:
-        known = source.lower().endswith((".jsonl", ".jsonl.gz"))
-        check(known, f"--data: {source} is not .jsonl or {', '.join(SOURCES)}")
-    rows = [row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()]
-    texts = [clean(row["text"]) for row in rows]
-    labels = [names[row["label"]] if names else label_name(row["label"]) for row in rows]
-    counts = Counter(first_labels(texts, labels).values())
-    found = ", ".join(counts) or "none"
-    check(len(counts) > 1, f"{source}: a probe needs two labels or more; found: {found}")
-    for label, count in counts.items():
-        check(count >= 10, f"{source}: only {count} texts with the label {label!r}; at least 10 are needed")
-        allowed = label not in ("", "none", "nan") and not set(label) & set(",:=")
-        check(allowed, f"{source}: {label!r} cannot be a label: rename it, without , : or =")
-    return texts, labels
-
-
-def label_name(label):
-    """1 and 1.0, as pandas writes whole numbers beside missing ones, are both `1`."""
-    whole = isinstance(label, float) and label.is_integer()
-    return str(int(label) if whole else label).strip()
 
 
 if __name__ == "__main__":

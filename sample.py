@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import DGLM, Sampling, parse_guide
+from model import DGLM, Sampling
 from plumbing.files import check_writable, newest_model, write_file
+from plumbing.guides import parse_guide
 from plumbing.text import clean
 
 prefix = ""  # text to continue, or FILE:path for a file with one a line; empty: about anything
-guide = "none"  # none, or classes of probes: negative (with its probe's weight), negative:30,not-sports:40
+guide = "none"  # none, or classes of probes: negative (with its own weight), negative:30,not-sports:40
 num_samples = 1  # texts for each prefix
 max_new_tokens = 32  # longest text
 proposal_tokens = 0  # a longer text gets a new proposal for each part; 0: two thirds of a training window

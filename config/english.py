@@ -28,8 +28,8 @@ prepare = {
     "tokenizer": "smollm2",
     "block_size": 48,
     "openings": "config/openings.txt",
-    "max_documents": 52_000,
-    "splits": 2,
+    "max_documents": 20_000,
+    "splits": 5,
     "val_every": 50,
 }
 train_decoder = {
@@ -37,10 +37,10 @@ train_decoder = {
     "freeze": True,
     "generator_width": 384,
     "batch_size": 16,
-    "max_iters": 5300,
+    "max_iters": 2000,
     "learning_rate": 4e-4,
     "warmup_iters": 60,
-    "eval_interval": 530,
+    "eval_interval": 250,
     "eval_rows": 256,
 }
 train_diffusion = {

@@ -1,6 +1,6 @@
 """Tokenizers trained by others: the byte-level BPE of a tokenizer.json or a .gguf file."""
 
-from plumbing.config import InputError, check
+from plumbing.config import InputError, check, reported_as
 
 import glob
 import importlib.util
@@ -15,26 +15,15 @@ from plumbing.text import GPT2_PATTERN, Tokenizer
 
 GGUF_SUPPORT = "pip install gguf accelerate"
 DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-GGUF_PATTERNS = {
-    "gpt-2": GPT2_PATTERN,
-    "smollm": DIGITS_APART,
-}  # by tokenizer.ggml.pre, gpt-2 if it is missing
+GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}  # by tokenizer.ggml.pre
 
 # text that tokenizers are known to split in different ways
 WORDS = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien 'quoted'|don't  'twas|e.g. U.S.A.
 1|12|1234567|in 1987|x1y22z333|  9|3.14|-1,000.50|2nd ½ ² ٣|50% $5 #tag|!? ... --|(a)[b]{c}|<b>&amp;</b>
 snake_case CamelCase|http://x.org/a_b?c=1&d|naïve café ÄÖß|Привет мир|مرحبا|e\u0301|中文 字符，。
 日本語 テキスト|한국어|😀👍🏽 🇩🇪"""
-AWKWARD = [
-    *WORDS.replace("\n", "|").split("|"),
-    "\n",
-    "\n\nnew\n",
-    "  \n x",
-    "x\r\ny",
-    "\n7\n8",
-    "\n 10",
-    "\t tab",
-]
+BLANKS = ["\n", "\n\nnew\n", "  \n x", "x\r\ny", "\n7\n8", "\n 10", "\t tab"]
+AWKWARD = WORDS.replace("\n", "|").split("|") + BLANKS
 
 
 def gguf_path(name):
@@ -52,10 +41,8 @@ def gguf_fields(path):
     check(importlib.util.find_spec("gguf"), f"{path} needs a package that reads it: {GGUF_SUPPORT}")
     from gguf import GGUFReader
 
-    try:
+    with reported_as(f"cannot read {path}"):
         return GGUFReader(path).fields
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {e}") from None
 
 
 def read_gguf(path):

@@ -19,6 +19,7 @@ import difflib
 import os
 import re
 import sys
+from contextlib import contextmanager
 
 LARGEST_SEED = 4_000_000_000  # what numpy, scikit-learn and torch all accept, with room for seed + 1, ...
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,6 +34,18 @@ def check(holds, message):
     """Raises InputError(message) unless `holds`."""
     if not holds:
         raise InputError(message)
+
+
+@contextmanager
+def reported_as(problem):
+    """Whatever a library raises inside, at a damaged file or without a network, becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise InputError(f"{problem}: {why}") from None
 
 
 def exit_quietly(kind, error, traceback):

@@ -3,7 +3,7 @@
 Weights get the names of `model.GPT`, and tokens are numbered in merge order, with <|endoftext|> last.
 """
 
-from plumbing.config import InputError, check
+from plumbing.config import InputError, check, reported_as
 
 import glob
 import os
@@ -81,11 +81,8 @@ def load_whole(name, path):
     options = {"dtype": torch.float32, "output_loading_info": True}
     if path.endswith(".gguf"):
         path, options["gguf_file"] = os.path.split(os.path.abspath(path))
-    try:
+    with reported_as(f"cannot load {name}, which may be incomplete"):
         model, report = AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as e:  # whatever a damaged file makes transformers, safetensors and gguf raise
-        why = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise InputError(f"cannot load {name}, which may be incomplete: {why}") from None
     for problem in ("missing", "unexpected", "mismatched"):  # transformers initialises these at random
         keys = sorted(map(str, report.get(f"{problem}_keys", ())))
         check(not keys, f"{name}: {len(keys)} weights are {problem}, such as {', '.join(keys[:2])}")
@@ -101,11 +98,8 @@ def load_tokenizer(name):
     folder, file = name, {"padding_side": "left"}
     if path := gguf_path(name):
         folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
-    try:
+    with reported_as(f"cannot load {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-    except Exception as e:  # whatever a damaged or incomplete model makes the libraries raise
-        why = str(e).strip().partition("\n")[0]
-        raise InputError(f"cannot load {name}: {why}") from None
     if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
         splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
         whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])

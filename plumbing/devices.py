@@ -1,6 +1,6 @@
 """Devices, precision, and random numbers that need no state."""
 
-from plumbing.config import InputError
+from plumbing.config import reported_as
 
 import os
 from contextlib import nullcontext
@@ -21,12 +21,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":  # under torchrun each process has its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with reported_as(f"no device {name!r}, try --device=cpu"):
         torch.zeros(1, device=name)
         if name.startswith("cuda"):
             torch.cuda.set_device(name)  # for pinning and synchronising, which take no device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"no device {name!r} ({str(e).splitlines()[0]}): try --device=cpu") from None
     return name
 
 

@@ -3,7 +3,7 @@
 A file is written under a temporary name and then renamed. A damaged one is named, never loaded.
 """
 
-from plumbing.config import ROOT, InputError, check
+from plumbing.config import ROOT, InputError, check, reported_as
 
 import glob
 import gzip
@@ -83,21 +83,15 @@ def read_rows(path, *fields):
         raise InputError(f"cannot read {path} as JSON lines, after line {number}: {e}") from None
 
 
-def from_hub(download, what, repo, **options):
-    """The local path of what huggingface_hub downloads, once. Raises InputError."""
-    try:
-        return download(repo, **options)
-    except Exception as e:
-        why = str(e).strip().partition("\n")[0] or type(e).__name__
-        offline = "without a network, give a folder or file of your own, or copy a hub cache and set HF_HOME"
-        raise InputError(f"cannot get {what} of {repo} from the hub ({why}); {offline}") from None
+OFFLINE = "without a network, give a folder or file of your own, or copy a hub cache and set HF_HOME"
 
 
 def hub_file(repo, filename, **options):
-    """The local path of one file of a Hugging Face repository. Raises InputError."""
+    """The local path of one file of a Hugging Face repository, downloaded once. Raises InputError."""
     from huggingface_hub import hf_hub_download
 
-    return from_hub(hf_hub_download, filename, repo, filename=filename, **options)
+    with reported_as(f"cannot get {filename} of {repo} from the hub; {OFFLINE}"):
+        return hf_hub_download(repo, filename, **options)
 
 
 def hub_folder(repo):
@@ -105,7 +99,8 @@ def hub_folder(repo):
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.tiktoken", "*.npz"]
-    return from_hub(snapshot_download, "the files", repo, allow_patterns=wanted)
+    with reported_as(f"cannot get the files of {repo} from the hub; {OFFLINE}"):
+        return snapshot_download(repo, allow_patterns=wanted)
 
 
 def model_folder(name):
@@ -151,13 +146,10 @@ def load_weights(folder, name, device="cpu"):
 
 def load_checkpoint(path, made_with, device):
     """What a training script saved in PATH.pt, if it was made with the same data, sizes and optimizers."""
-    try:
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("its checksum is wrong")
+    with reported_as(f"{path} is damaged (--resume=False starts over)"):
+        check(not zipfile.ZipFile(path).testzip(), f"{path} is damaged: --resume=False starts over")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # whatever a damaged archive makes zipfile and torch raise
-        raise InputError(f"{path} is damaged ({e}): --resume=False starts over") from None
-    before = checkpoint.get("made_with", {}) if isinstance(checkpoint, dict) else {}
+        before = checkpoint["made_with"]
     changed = ", ".join(key for key, value in made_with.items() if before.get(key) != value)
     check(not changed, f"{path} was made with another {changed}: give an --out_dir, or --resume=False")
     return checkpoint

@@ -3,9 +3,10 @@
 A judge fitted by probes.py --judge travels as plain arrays. Others are classifiers of the hub, and a lexicon.
 """
 
-from plumbing.config import InputError, check
+from plumbing.config import check, reported_as
 
 import importlib.util
+import os
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from plumbing.decoders import load_tokenizer, load_whole
 from plumbing.devices import autocast
 from plumbing.files import write_file
 
+OPPOSITE = {"negative": "positive", "positive": "negative", "toxic": "nontoxic", "nontoxic": "toxic"}
 FEATURES = {"ngram_range": (1, 2), "sublinear_tf": True}  # TF-IDF of words and pairs of words
 
 
@@ -47,14 +49,11 @@ def fit_judge(path, texts, labels, held_out, held_out_labels, **options):
 
 def read_judge(path):
     """-> its classes, and a function of texts to their probabilities (N, classes). Raises InputError."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            words = f["words"].tobytes().decode().split("\n")
-            features, fit = TfidfVectorizer(**FEATURES, vocabulary=words), LogisticRegression()
-            features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
-            fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
-    except Exception as e:  # whatever a damaged archive makes zipfile and numpy raise
-        raise InputError(f"cannot read {path} as a judge of probes.py: {e}") from None
+    with reported_as(f"cannot read {path} as a judge of probes.py"), np.load(path, allow_pickle=False) as f:
+        words = f["words"].tobytes().decode().split("\n")
+        features, fit = TfidfVectorizer(**FEATURES, vocabulary=words), LogisticRegression()
+        features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
+        fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
     return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
 
 
@@ -68,10 +67,8 @@ def load_judge(name, device, batch_size):
 
         polarity = SentimentIntensityAnalyzer().polarity_scores  # "compound" is from -1 to 1
         return ["positive"], lambda texts: np.array([[polarity(t)["compound"] / 2 + 0.5] for t in texts])
-    try:
+    with reported_as(f"--judges: cannot load {name}"):
         classify = pipeline("text-classification", model=name, device=device, top_k=None, truncation=True)
-    except Exception as e:  # whatever a missing or damaged model makes transformers raise
-        raise InputError(f"--judges: cannot load {name}: {str(e).strip().partition(chr(10))[0]}") from None
     labels = list(classify.model.config.id2label.values())
 
     def score(texts):
@@ -79,6 +76,17 @@ def load_judge(name, device, batch_size):
         return np.array([[row[label] for label in labels] for row in found])
 
     return [label.lower() for label in labels], score
+
+
+def scores(judges, label, texts):
+    """{judge: p(label) of each text (N,)}, by all judges that know the label or its opposite."""
+    out = {}
+    for name, (classes, score) in judges.items():
+        known = label if label in classes else OPPOSITE.get(label)
+        if known in classes:
+            p = score(texts)[:, classes.index(known)]
+            out[os.path.basename(name)] = p if known == label else 1 - p
+    return out
 
 
 class LanguageModel:

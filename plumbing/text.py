@@ -1,6 +1,6 @@
 """The tokenizer and the sentence encoder."""
 
-from plumbing.config import InputError, check
+from plumbing.config import InputError, check, reported_as
 
 import base64
 import importlib.util
@@ -51,6 +51,21 @@ class Tokenizer(tiktoken.Encoding):
         text = re.sub(r"\s{1000,}", " ", text)  # tiktoken cannot handle a million blanks
         return [token for token in super().encode_ordinary(text) if token < self.eot_token]
 
+    def texts(self, rows):
+        """Lists of tokens -> texts, without half a character at the end."""
+        return [self.decode(row).rstrip("\ufffd") for row in rows]
+
+    def word_starts(self, tokens, begin=0):
+        """The places in a list of tokens, from `begin` on, where words begin."""
+        spelt = self.decode_single_token_bytes
+        return [at for at in range(begin, len(tokens)) if spelt(tokens[at])[:1].isspace()]
+
+    def last_words(self, tokens, size):
+        """The end of a list of tokens, at most `size`, from a word on if it can be."""
+        begin = max(0, len(tokens) - size)
+        words = self.word_starts(tokens, begin) if begin else []
+        return tokens[words[0] if words else begin :]
+
 
 class Encoder:
     """A sentence-transformers model by name or folder: encoder(texts) -> (N, E) float32, rows of length 1.
@@ -72,12 +87,10 @@ class Encoder:
             hub_file(name, "modules.json")  # fails at once, with a clear message, if the hub does not have it
         devices, self.pool = [pick_device(part) for part in device.split(",")], None
         self.device = devices[0]
-        try:
-            check(not os.path.isdir(path) or os.path.exists(f"{path}/modules.json"), "it has no modules.json")
+        whole = not os.path.isdir(path) or os.path.exists(f"{path}/modules.json")
+        check(whole, f"{name} is not a sentence-transformers encoder: it has no modules.json")
+        with reported_as(f"{name} is not a sentence-transformers encoder"):
             self.model = SentenceTransformer(path, device=self.device)
-        except Exception as e:  # whatever an incomplete folder makes the libraries raise
-            why = str(e).strip().partition("\n")[0]
-            raise InputError(f"{name} is not a sentence-transformers encoder: {why}") from None
         self.model.tokenizer.split_special_tokens = True  # [SEP] in a text is just five characters
         if len(devices) > 1:  # separate processes, which autocast does not reach
             self.pool = self.model.to(precision(self.device)).start_multi_process_pool(devices)

@@ -154,7 +154,7 @@ def test_a_judge_that_travels_judges_as_it_was_fitted(moods, tmp_path):
 
 def test_best_of_n_keeps_for_each_prefix_the_text_that_the_guides_like_most():
     texts = {"bad film": [3.0, 0.0], "good film": [0.0, 3.0], "bad day": [1.0, 0.0], "a day": [0.0, 0.0]}
-    probe = Probe("sentiment", ["negative", "positive"], torch.eye(2), torch.zeros(2), "", 1.0)
+    probe = Probe("sentiment", ["negative", "positive"], torch.eye(2), torch.zeros(2), "", [1.0, 1.0])
     model = SimpleNamespace(probes=[probe], encode=lambda x: torch.tensor([texts[text] for text in x]))
     drafts = [[("good film", 0), ("bad day", 1)], [("bad film", 2), ("a day", 3)]]
     assert best_of_n(model, drafts, "negative") == [("bad film", 2), ("bad day", 1)]

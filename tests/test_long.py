@@ -63,6 +63,14 @@ def test_finished_texts_take_no_part_in_the_next(model):
     assert len(texts) == 12
 
 
+def test_parts_may_be_as_short_as_a_word(model):
+    """Texts then differ in length, as each part ends at a word."""
+    prefixes = ["The food was", "I saw", "The hotel"]
+    texts, _ = write(model, prefixes, max_new_tokens=40, proposal_tokens=3, num_samples=4, may_end=False)
+    sizes = [len(model.tokenizer.encode_ordinary(text)) for text in texts]
+    assert min(sizes) > 25 and max(sizes) <= 40
+
+
 def test_watching_shows_every_part(project, call):
     base = "sample.py --out_dir out/toy --prefix It --steps 2 --proposal_tokens 20 --max_new_tokens 90"
     status, lines, _ = call(project, f"{base} --may_end False --watch")

@@ -210,9 +210,9 @@ PROBES = [
     (f"--data a.jsonl --name topic --out_dir {ROOT}/pretrained/reviews", ROWS, "belongs to a shipped model"),
     ("--data a.jsonl --name ../evil --out_dir out/toy", ROWS, "--name '../evil': not a name"),
     ("--data a.jsonl --name a,b --out_dir out/toy", ROWS, "--name 'a,b': not a name"),
-    ("--data a.jsonl --out_dir out/toy --encoder sentence-t5-xl", ROWS, "needs probes of it"),
     ("--data a.jsonl --out_dir out/toy", [*ROWS, *[(f"{i}", "") for i in range(20)]], "'' cannot be a label"),
     ("--data a.jsonl --out_dir out/toy", ROWS[:2] * 10, "only 1 texts with the label"),
+    ("--data a.jsonl --out_dir owner/model", ROWS, "owner/model: there is no such folder"),
     ("--data a.jsonl --out_dir out/toy --seed 5000000000", ROWS, "seed=5000000000: must be from 0 to"),
 ]
 
@@ -234,17 +234,29 @@ def test_held_out_texts_are_not_in_the_training_data(project, call):
     texts = [" ".join(rng.choice("a b c d e f g h i j k l m".split(), 12)) for _ in range(30)]
     rows = [(text, int(label)) for text, label in zip(texts, rng.permutation([0, 1] * 15)) for _ in range(10)]
     labelled(project / "copies.jsonl", [*rows, ("word " * 300, 0)])
-    status, lines, _ = call(project, "probes.py --data copies.jsonl --out_dir out/toy --inverse_penalty 1")
+    status, lines, _ = call(project, "probes.py --data copies.jsonl --out_dir out/toy --weight 20")
     os.remove(project / "out/toy/probes/copies.npz")
-    assert status == 0 and float(lines[2].split()[4]) < 0.9
-    assert "1 of its texts are longer than the encoder reads" in lines[3]
+    accuracy = re.search("accuracy (.*?),", "\n".join(lines))[1]
+    assert status == 0 and float(accuracy) < 0.9
+    assert "  1 of its texts are longer than the encoder reads: their ends do not count" in lines
+
+
+def test_a_damaged_probe_can_be_trained_again(project, call):
+    path = project / "out/toy/probes/mended.npz"
+    path.write_bytes(b"half a file")
+    labelled(project / "mended.jsonl", ROWS)
+    status, _, _ = call(project, "probes.py --data mended.jsonl --out_dir out/toy --weight 20")
+    classes = np.load(path)["classes"].tolist()
+    os.remove(path)
+    assert status == 0 and classes == ["bad", "good"]
 
 
 def test_labels_that_pandas_made_floats_are_the_whole_numbers(project, call):
     labelled(project / "NUMBERS.JSONL", [(text, float(label == "good")) for text, label in ROWS])
-    status, lines, _ = call(project, "probes.py --data NUMBERS.JSONL --name numbers --out_dir out/toy")
+    options = "--name numbers --out_dir out/toy --weight 20"
+    status, lines, _ = call(project, f"probes.py --data NUMBERS.JSONL {options}")
     os.remove(project / "out/toy/probes/numbers.npz")
-    assert status == 0 and "0, 1 " in lines[2]
+    assert status == 0 and re.fullmatch(r"numbers: \d+ 0, \d+ 1", lines[2])
 
 
 # ---- prepare ----

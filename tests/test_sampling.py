@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import sample as sampling_script
-from model import Covariance, Probe, Sampling, alpha_sigma, parse_guide, predict, sample
+from model import Covariance, Probe, Sampling, alpha_sigma, predict, sample
+from plumbing.guides import parse_guide
 
 
 def gaussian(mean, cov):
@@ -228,7 +229,8 @@ def test_scripts_take_the_defaults_of_sampling():
 
 def probe(name, *classes):
     n = len(classes)
-    return Probe(name, list(classes), torch.zeros(n, 2), torch.zeros(n), "encoder", 20.0)
+    weights = [20.0 + i for i in range(n)]
+    return Probe(name, list(classes), torch.zeros(n, 2), torch.zeros(n), "encoder", weights)
 
 
 PROBES = [
@@ -239,16 +241,17 @@ PROBES = [
 
 
 def test_guides_are_read_with_and_without_weights():
+    """Without one, it is that of the probe for the class."""
     guides = parse_guide("sentiment=negative : 30, sports,calm:1e-1,not-sports:5,not-calm", PROBES)
     read = [(guide.probe.name, guide.label, guide.away, guide.weight) for guide in guides]
-    assert read[:3] == [("sentiment", 0, False, 30.0), ("topic", 1, False, 20.0), ("mood", 1, False, 0.1)]
-    assert read[3:] == [("topic", 1, True, 5.0), ("mood", 2, False, 20.0)]  # a class may be called not-calm
+    assert read[:3] == [("sentiment", 0, False, 30.0), ("topic", 1, False, 21.0), ("mood", 1, False, 0.1)]
+    assert read[3:] == [("topic", 1, True, 5.0), ("mood", 2, False, 22.0)]  # a class may be called not-calm
     assert parse_guide("none", PROBES) == parse_guide("", PROBES) == []
 
 
 def test_steering_away_is_towards_all_other_classes():
     """log(1 - p(class))."""
-    three = Probe("mood", ["a", "b", "c"], torch.randn(3, 2), torch.randn(3), "encoder", 20.0)
+    three = Probe("mood", ["a", "b", "c"], torch.randn(3, 2), torch.randn(3), "encoder", [20.0] * 3)
     e = torch.randn(5, 2)
     (towards,), (away,) = parse_guide("b", [three]), parse_guide("not-b", [three])
     torch.testing.assert_close(away.log_prob(e).exp(), 1 - towards.log_prob(e).exp())

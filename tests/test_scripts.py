@@ -202,7 +202,7 @@ BAD = [
     (f"prepare.py {TOY} --block_size=20", "made with other block_size"),
     ("probes.py", "say --data"),
     ("probes.py --data=mystery", "sentiment, toxicity, topic"),
-    ("probes.py --data=one_label.jsonl", "needs two labels or more; found: x"),
+    ("probes.py --data=one_label.jsonl", "two labels or more are needed; found: x"),
     ("probes.py --data=few.jsonl", "only 1 texts with the label 'y'"),
     ("train_decoder.py --dataset=unprepared", "data/unprepared is not prepared: run prepare.py"),
     (f"{DECODER} --init_from=data/toy", "config.json"),
