@@ -41,9 +41,9 @@ def parse_guide(text, probes):
         check(found, f"--guide: no probe has a class {name!r}; this model's probes: {known}")
         ways = " or ".join(f"{p.name}={label}" for p in found)
         check(len(found) == 1, f"--guide: several probes have a class {label!r}: say {ways}")
-        at = found[0].classes.index(label)
-        try:
-            weight = float(number) if colon else found[0].weight[at]
+        at, two = found[0].classes.index(label), len(found[0].classes) == 2
+        try:  # away from one of two classes is towards the other
+            weight = float(number) if colon else found[0].weight[1 - at if away and two else at]
         except ValueError:
             weight = math.nan
         check(math.isfinite(weight), f"--guide: the weight in {item!r} is not a number")

@@ -246,6 +246,7 @@ def test_guides_are_read_with_and_without_weights():
     read = [(guide.probe.name, guide.label, guide.away, guide.weight) for guide in guides]
     assert read[:3] == [("sentiment", 0, False, 30.0), ("topic", 1, False, 21.0), ("mood", 1, False, 0.1)]
     assert read[3:] == [("topic", 1, True, 5.0), ("mood", 2, False, 22.0)]  # a class may be called not-calm
+    assert parse_guide("not-positive", PROBES)[0].weight == 20.0  # that of negative
     assert parse_guide("none", PROBES) == parse_guide("", PROBES) == []
 
 
