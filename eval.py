@@ -19,10 +19,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -191,19 +189,15 @@ def noise(bench, book, sampling):
 # ---------- Steered text: control and compose ---------------------------------------------------------------
 
 
-class Way(NamedTuple):
-    """A way to steer: `write(bench, prefixes, guide, strength, run_seed, sampling)` -> pairs, seconds."""
-
-    write: Callable
-    guide: str  # classes of the probes, with commas between them
-    strength: object  # where the guide's gradient goes, n, a, or nothing
-
-
 @cache  # unguided texts serve every attribute
 def draw(model, prefixes, guide, count, run_seed, sampling):
     """DGLM's pairs (text, proposal) for a tuple of prefixes, and the seconds they took."""
     options = asdict(sampling) | {"batch_size": batch_size}
     return timed(lambda: list(model.generate(list(prefixes), guide, 1, count, run_seed, **options)))
+
+
+# Ways to steer: each gives pairs (text, proposal or None) and the seconds they took. A guide is classes of
+# the probes, with commas between them.
 
 
 def by_guide(bench, prefixes, guide, through, run_seed, sampling):
@@ -235,44 +229,40 @@ def by_vectors(bench, prefixes, guide, a, run_seed, sampling):
     return in_batches(prefixes, lambda some: peers.by_vectors(bench.model, some, *how))
 
 
-def by_prompt(bench, prefixes, guide, _, run_seed, sampling):
+def by_prompt(bench, prefixes, guide, run_seed, sampling):
     torch.manual_seed(run_seed)
     how = guide.split(","), control_tokens, sampling
     return in_batches(prefixes, lambda some: peers.prompting(bench.lm, some, *how))
 
 
 def alternatives(bench, classes):
-    """{name: Way} of the peers that are available for these classes."""
+    """{name: way} of the peers that are available for these classes."""
     guide = ",".join(classes)
-    ways = {f"best of {n:g}": Way(by_best_of_n, guide, int(n)) for n in numbers(best_of)}
+    ways = {f"best of {n:g}": partial(by_best_of_n, guide=guide, n=int(n)) for n in numbers(best_of)}
     if set(classes) <= set(bench.experts):
-        ways |= {f"DExperts {a:g}": Way(by_experts, guide, a) for a in numbers(expert_weights)}
+        ways |= {f"DExperts {a:g}": partial(by_experts, guide=guide, a=a) for a in numbers(expert_weights)}
     if set(classes) <= set(bench.vectors):
-        ways |= {f"vector {a:g}": Way(by_vectors, guide, a) for a in numbers(vector_weights)}
+        ways |= {f"vector {a:g}": partial(by_vectors, guide=guide, a=a) for a in numbers(vector_weights)}
     if bench.lm.tokenizer.chat_template:
-        ways["prompted"] = Way(by_prompt, guide, None)
+        ways["prompted"] = partial(by_prompt, guide=guide)
     return ways
 
 
 def steer(bench, book, sampling, rows):
-    """The rows of control and compose. rows: {name: (classes, Way)}."""
+    """The rows of control and compose. rows: {name: (classes, way)}."""
     by_guide(bench, ("It",), "none", "estimate", seed, sampling)  # warms up, which is not part of the seconds
-
-    @cache  # several rows may show the same texts
-    def write(prompt_text, way, run_seed):
-        prefixes = tuple(prefix for prefix in prompt_text.split("|") for _ in range(num_samples))
-        written, seconds = way.write(bench, prefixes, way.guide, way.strength, run_seed, sampling)
-        texts, (figures, _) = [text for text, _ in written], measure(bench, prefixes, written)
-        figures["Dist-3"] = distinct(np.reshape(texts, (-1, num_samples)), 3)  # within the texts of a prompt
-        return texts, figures | {"seconds": seconds / len(texts)}
 
     def share(label, texts):
         return {f"share {judge}": (p > 0.5).mean() for judge, p in scores(bench.judges, label, texts).items()}
 
     for row, run_seed in book.missing(rows):
         classes, way = rows[row]
-        rude = rude_prompts and classes == ["nontoxic"]
-        texts, figures = write(rude_prompts if rude else prompts, way, run_seed)
+        own_prompts = rude_prompts if rude_prompts and classes == ["nontoxic"] else prompts
+        prefixes = tuple(prompt for prompt in own_prompts.split("|") for _ in range(num_samples))
+        written, seconds = way(bench, prefixes, run_seed=run_seed, sampling=sampling)
+        texts, (figures, _) = [text for text, _ in written], measure(bench, prefixes, written)
+        figures["Dist-3"] = distinct(np.reshape(texts, (-1, num_samples)), 3)  # within the texts of a prompt
+        figures["seconds"] = seconds / len(texts)
         if len(classes) == 1:
             (label,) = classes
             each = share(label, texts)
@@ -293,11 +283,12 @@ def control(bench, book, sampling):
     """Figures 5 and 6: attribute and fluency against the weight of the guide, and the alternatives."""
     rows = {}
     for label in items(attributes):
-        rows[f"{label}: weight 0"] = [label], Way(by_guide, "none", "estimate")
+        rows[f"{label}: weight 0"] = [label], partial(by_guide, guide="none", through="estimate")
         for through in items(guide_through):
             name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
-                rows[f"{label}: {name} {w:g}"] = [label], Way(by_guide, f"{label}:{w:g}", through)
+                way = partial(by_guide, guide=f"{label}:{w:g}", through=through)
+                rows[f"{label}: {name} {w:g}"] = [label], way
         for name, way in alternatives(bench, [label]).items():
             rows[f"{label}: {name}"] = [label], way
     steer(bench, book, sampling, rows)
@@ -309,7 +300,8 @@ def compose(bench, book, sampling):
     for pair in items(pairs):
         classes = pair.split("+")
         for guide in ("none", *classes, ",".join(classes)):
-            rows[f"{pair}: {guide}"] = classes, Way(by_guide, guide, sampling.guide_through)
+            way = partial(by_guide, guide=guide, through=sampling.guide_through)
+            rows[f"{pair}: {guide}"] = classes, way
         for name, way in alternatives(bench, classes).items():
             rows[f"{pair}: {name}"] = classes, way
     steer(bench, book, sampling, rows)
