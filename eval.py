@@ -382,10 +382,8 @@ def main(settings):
     fields = {field: settings[field] for field in asdict(Sampling())}
     sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in items(guide_through) or [""]]
     check(all(pair.count("+") == 1 for pair in items(pairs)), f"--pairs {pairs}: write negative+sports")
-    check_positive(
-        settings, "num_texts", "new_tokens", "num_samples", "control_tokens", "seeds", "batch_size"
-    )
-    check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
+    check_positive(settings, "num_texts", "new_tokens", "num_samples", "control_tokens")
+    check_positive(settings, "seeds", "batch_size")
     lists = cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights, vector_weights
     for text in (*lists, lengths, batch_sizes):
         numbers(text)  # reports at once what is not a number
@@ -409,11 +407,9 @@ def main(settings):
         known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in loaded.values())
         check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
     bench = Bench(model, lm, loaded, peers.load_experts(experts if labels else "", model), {})
-    layers = model.decoder.gpt.config.n_layer
-    check(
-        0 <= vector_layer < layers or not vector_rows, f"--vector_layer: this decoder's are 0 to {layers - 1}"
-    )
     for path in items(vector_rows if labels else ""):
+        layers = model.decoder.gpt.config.n_layer
+        check(0 <= vector_layer < layers, f"--vector_layer: this decoder's are 0 to {layers - 1}")
         texts, classes = read_labelled(path)
         bench.vectors.update(peers.steering_vectors(model, texts, classes, vector_layer))
     os.makedirs(results, exist_ok=True)
