@@ -11,7 +11,7 @@ command continues an interrupted run. The table is printed in Markdown and, with
 is a probe that guides: `probes.py --judge` must fit judges to text that no probe has seen.
 """
 
-from plumbing.config import InputError, check, check_positive, run
+from plumbing.config import check, check_positive, reported_as, run
 
 import glob
 import importlib.util
@@ -370,10 +370,8 @@ def items(text):
 
 def numbers(text):
     """`0, 0.05, 1` -> [0.0, 0.05, 1.0]. Raises InputError."""
-    try:
+    with reported_as(f"{text!r}: must be numbers, with commas between them"):
         return [float(item) for item in items(text)]
-    except ValueError:
-        raise InputError(f"{text!r}: must be numbers, with commas between them") from None
 
 
 def main(settings):
