@@ -248,16 +248,19 @@ def alternatives(bench, classes):
     return ways
 
 
-def steer(bench, book, sampling, rows):
-    """The rows of control and compose. rows: {name: (classes, way)}."""
+def steer(bench, book, sampling, panels):
+    """The rows of control and compose. panels: {classes: {name: way}}."""
     by_guide(bench, ("It",), "none", "estimate", seed, sampling)  # warms up, which is not part of the seconds
 
     def share(label, texts):
         return {f"share {judge}": (p > 0.5).mean() for judge, p in scores(bench.judges, label, texts).items()}
 
+    rows = {}
+    for classes, ways in panels.items():
+        rows |= {f"{'+'.join(classes)}: {name}": (classes, way) for name, way in ways.items()}
     for row, run_seed in book.missing(rows):
         classes, way = rows[row]
-        own_prompts = rude_prompts if rude_prompts and classes == ["nontoxic"] else prompts
+        own_prompts = rude_prompts if rude_prompts and classes == ("nontoxic",) else prompts
         prefixes = tuple(prompt for prompt in own_prompts.split("|") for _ in range(num_samples))
         written, seconds = way(bench, prefixes, run_seed=run_seed, sampling=sampling)
         texts, (figures, _) = [text for text, _ in written], measure(bench, prefixes, written)
@@ -281,30 +284,26 @@ def steer(bench, book, sampling, rows):
 
 def control(bench, book, sampling):
     """Figures 5 and 6: attribute and fluency against the weight of the guide, and the alternatives."""
-    rows = {}
+    panels = {}
     for label in items(attributes):
-        rows[f"{label}: weight 0"] = [label], partial(by_guide, guide="none", through="estimate")
+        panels[(label,)] = ways = {"weight 0": partial(by_guide, guide="none", through="estimate")}
         for through in items(guide_through):
             name = "weight" if through == "estimate" else "network, weight"
             for w in numbers(guidance_weights):
-                way = partial(by_guide, guide=f"{label}:{w:g}", through=through)
-                rows[f"{label}: {name} {w:g}"] = [label], way
-        for name, way in alternatives(bench, [label]).items():
-            rows[f"{label}: {name}"] = [label], way
-    steer(bench, book, sampling, rows)
+                ways[f"{name} {w:g}"] = partial(by_guide, guide=f"{label}:{w:g}", through=through)
+        ways |= alternatives(bench, [label])
+    steer(bench, book, sampling, panels)
 
 
 def compose(bench, book, sampling):
     """Table 3: two attributes at once, and each alone."""
-    rows = {}
+    panels = {}
     for pair in items(pairs):
-        classes = pair.split("+")
-        for guide in ("none", *classes, ",".join(classes)):
-            way = partial(by_guide, guide=guide, through=sampling.guide_through)
-            rows[f"{pair}: {guide}"] = classes, way
-        for name, way in alternatives(bench, classes).items():
-            rows[f"{pair}: {name}"] = classes, way
-    steer(bench, book, sampling, rows)
+        classes = tuple(pair.split("+"))
+        guides = ("none", *classes, ",".join(classes))
+        ways = {guide: partial(by_guide, guide=guide, through=sampling.guide_through) for guide in guides}
+        panels[classes] = ways | alternatives(bench, classes)
+    steer(bench, book, sampling, panels)
 
 
 # ---------- Runtime -----------------------------------------------------------------------------------------
