@@ -16,7 +16,7 @@ meta.json. It streams: a file for every SHARD windows, all joined at the end (wh
 the same command continues an interrupted run, to the same bytes.
 """
 
-from plumbing.config import InputError, check, check_positive, run
+from plumbing.config import check, check_positive, reported_as, run
 
 import base64
 import glob
@@ -68,11 +68,8 @@ def file_documents(path):
     if path.lower().endswith((".jsonl", ".jsonl.gz")):
         yield from (row["text"] for row in read_rows(path, "text"))
     else:
-        try:
-            with open(path, encoding="utf-8-sig") as f:
-                yield from ("".join(lines) for blank, lines in itertools.groupby(f, str.isspace) if not blank)
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path} is not text in UTF-8: {e}") from None
+        with reported_as(f"cannot read {path} as text in UTF-8"), open(path, encoding="utf-8-sig") as f:
+            yield from ("".join(lines) for blank, lines in itertools.groupby(f, str.isspace) if not blank)
 
 
 def openwebtext_documents():
@@ -189,11 +186,9 @@ def choose_tokenizer():
     if dataset == "toy":
         return toy_ranks(), pattern
     if tokenizer == "gpt2":
-        try:
+        offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
+        with reported_as(f"cannot get GPT-2's BPE through tiktoken; {offline}"):
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        except Exception as e:
-            offline = "without a network, give --tokenizer a .tiktoken file, as in a trained model's folder"
-            raise InputError(f"cannot get GPT-2's BPE through tiktoken ({e}); {offline}") from None
     elif tokenizer.endswith(".tiktoken"):
         ranks = read_ranks(tokenizer)
     else:
@@ -334,11 +329,9 @@ def check_made_alike(folder, made_with):
     """Raises InputError if an earlier run, finished or not, prepared windows there with other settings."""
     begun = [f"{folder}/parts/settings.json"] if glob.glob(f"{glob.escape(folder)}/parts/*.npz") else []
     for path in filter(os.path.exists, (*begun, f"{folder}/meta.json")):
-        try:
+        with reported_as(f"{path} is damaged, or not of this project: remove {folder}"):
             before = json.loads(Path(path).read_text())["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged, or not of this project: remove {folder}") from None
-        changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
+            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
         check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
 
 
