@@ -103,10 +103,9 @@ def self_documents():
     lines = Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"]
     lines = [line for line in lines if line.strip()]
     check(lines, f"{openings} holds no line of text")
-    theirs, asks = load_tokenizer(tokenizer), any("=>" in line for line in lines)
-    check(
-        theirs.chat_template or not asks, f"{openings}: {tokenizer} has no chat template, so it knows no =>"
-    )
+    theirs = load_tokenizer(tokenizer)
+    fits = theirs.chat_template or not any("=>" in line for line in lines)
+    check(fits, f"{openings}: {tokenizer} has no chat template, so it knows no =>")
     where = pick_device(device.split(",")[0])
     gpt = GPT.from_pretrained(tokenizer, renumber=False).to(where)
     *ordinary, eot = read_bpe(tokenizer)[1]
@@ -163,10 +162,8 @@ def documents(folder):
             texts.append(self_documents())
             hashes.append(source_sha256(tokenizer))
         else:
-            check(
-                os.path.exists(path),
-                f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path",
-            )
+            exists = os.path.exists(path)
+            check(exists, f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path")
             files = text_files(path)
             check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
             inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
@@ -303,23 +300,19 @@ def join(folder, parts):
     few = f"{dataset} gave too few windows: {n['train']} to train on and, from other documents, {n['val']} to"
     check(n["train"] > 1 and n["val"], f"{few} validate: remove {folder}, add documents or lower --val_every")
     total = squares = 0.0
-    for subset in n:
+    for subset, name in tqdm([*itertools.product(n, COLUMNS)], "join", leave=False, delay=2):
         os.makedirs(f"{folder}/{subset}", exist_ok=True)
-        arrays, start = {}, 0
-        for part, val in zip(tqdm(parts, f"join {subset}", leave=False, delay=2), held_out):
-            mine = val == (subset == "val")
-            end = start + mine.sum()
-            with np.load(part) as columns:
-                for name in COLUMNS:
-                    rows, path = columns[name][mine], f"{folder}/{subset}/{name}.npy"
-                    if name not in arrays:
-                        shape = (n[subset], *rows.shape[1:])
-                        arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
-                    arrays[name][start:end] = rows
-            if subset == "train":
-                x = arrays["cont_emb"][start:end].astype(np.float64)
+        path, start = f"{folder}/{subset}/{name}.npy", 0
+        for part, val in zip(parts, held_out):
+            rows = np.load(part)[name][val == (subset == "val")]
+            if start == 0:
+                shape = (n[subset], *rows.shape[1:])
+                array = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+            array[start : start + len(rows)] = rows
+            start += len(rows)
+            if (subset, name) == ("train", "cont_emb"):
+                x = rows.astype(np.float64)
                 total, squares = total + x.sum(0), squares + (x * x).sum(0)
-            start = end
     mean = total / n["train"]
     std = np.sqrt(np.maximum(squares / n["train"] - mean**2, 0))
     return n, mean, np.maximum(std, 1e-3)  # some encoders have dead dimensions
