@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,10 +36,11 @@ from tqdm import tqdm
 
 from model import GPT, Sampling
 from plumbing.bpe import read_bpe
+from plumbing.corpora import c4_documents, file_documents, openwebtext_documents, text_files
 from plumbing.data import COLUMNS, DATA_FORMAT, data_name
 from plumbing.decoders import load_tokenizer, source_sha256
 from plumbing.devices import generator_at, pick_device
-from plumbing.files import hub_file, lock, read_rows, sha256, write_file
+from plumbing.files import lock, sha256, write_file
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 from plumbing.toy import print_grades, toy_documents, toy_ranks, write_toy_files
 
@@ -61,36 +61,6 @@ SHARD = 1024  # windows embedded and written at a time
 
 
 # ---------- Sources of documents: each yields texts, always in the same order -------------------------------
-
-
-def file_documents(path):
-    """The texts of one file: the field "text" of JSON lines; plain text is divided at blank lines."""
-    if path.lower().endswith((".jsonl", ".jsonl.gz")):
-        yield from (row["text"] for row in read_rows(path, "text"))
-    else:
-        with reported_as(f"cannot read {path} as text in UTF-8"), open(path, encoding="utf-8-sig") as f:
-            yield from ("".join(lines) for blank, lines in itertools.groupby(f, str.isspace) if not blank)
-
-
-def openwebtext_documents():
-    """The 21 archives of the hub's copy, each holding many .xz archives of text files."""
-    for number in range(21):
-        # the last revision whose archives are complete; later ones need a library to read
-        revision = "b3166bc19fbae165867d7f4965dc52279d1e9f40"
-        name = f"urlsf_subset{number:02d}.tar"
-        path = hub_file("Skylion007/openwebtext", name, repo_type="dataset", revision=revision)
-        with tarfile.open(path) as outer:
-            for member in (m for m in outer if m.name.endswith(".xz")):
-                with tarfile.open(fileobj=outer.extractfile(member), mode="r|xz") as inner:
-                    for text in (t for t in inner if t.isfile()):
-                        yield inner.extractfile(text).read().decode("utf-8", "replace")
-
-
-def c4_documents():
-    for number in range(1024):
-        name = f"en/c4-train.{number:05d}-of-01024.json.gz"
-        path = hub_file("allenai/c4", name, repo_type="dataset")
-        yield from (row["text"] for row in read_rows(path, "text"))
 
 
 def self_documents():
@@ -138,12 +108,6 @@ def self_documents():
 
     for number in itertools.count():
         yield partial(lambda number: write(number // 512)[number], number)
-
-
-def text_files(path):
-    """The files of a dataset that is a path, in order."""
-    found = map(str, filter(Path.is_file, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
-    return sorted(path for path in found if path.lower().endswith((".txt", ".jsonl", ".jsonl.gz")))
 
 
 def documents(folder):
