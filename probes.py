@@ -62,7 +62,11 @@ def main(settings):
         return train_judge(*read_labelled(data))
     folder = out_dir or newest_model()
     names = [name or os.path.basename(source).split(".")[0] for source in sources]
-    paths = [probe_path(folder, probe) for probe in names]
+    paths = [f"{folder}/probes/{probe}.npz" for probe in names]
+    for probe, path in zip(names, paths):
+        check(probe and probe[0] != "." and not set(probe) & set(",:=/\\"), f"--name {probe!r}: not a name")
+        shipped = is_shipped(folder) and os.path.exists(path)
+        check(not shipped, f"{path} belongs to a shipped model: give your probe another --name")
     check(len(set(paths)) == len(paths), f"two probes named {', '.join(names)}: say --name, one at a time")
     labelled = [read_labelled(source) for source in sources]  # all of them, so that mistakes come up at once
     check(os.path.isdir(folder), f"--out_dir {folder}: there is no such folder; probes go into a model's")
@@ -74,15 +78,6 @@ def main(settings):
         print(f"\n{probe}: " + ", ".join(f"{counts[label]} {label}" for label in sorted(counts)))
         arrays = train_probe(model, texts, labels, balanced or source == "toxicity")
         write_file(path, partial(np.savez, **arrays, encoder=model.data["encoder"]))
-
-
-def probe_path(folder, probe):
-    """Where the probe goes. Raises InputError if --guide could not name it, or if it came with the model."""
-    path = f"{folder}/probes/{probe}.npz"
-    check(probe and probe[0] != "." and not set(probe) & set(",:=/\\"), f"--name {probe!r}: not a name")
-    shipped = is_shipped(folder) and os.path.exists(path)
-    check(not shipped, f"{path} belongs to a shipped model: give your probe another --name")
-    return path
 
 
 def divide(rows, labels, share):
