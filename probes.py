@@ -56,8 +56,6 @@ def main(settings):
     check(len(sources) == 1 or not (name or judge), "--name and --judge are for a single source of data")
     if judge:
         check(judge.endswith(".npz"), f"--judge {judge}: must end in .npz")
-        own = os.path.basename(os.path.dirname(os.path.abspath(judge))) != "probes"
-        check(own, f"--judge {judge}: folders called probes hold probes: choose another")
         check_writable(judge)
         return train_judge(*read_labelled(data))
     folder = out_dir or newest_model()
