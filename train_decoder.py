@@ -29,7 +29,7 @@ from tqdm import tqdm
 from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log_snr, diffuse, load_decoder
 from plumbing.data import Data
 from plumbing.decoders import source_sha256
-from plumbing.devices import autocast, generator_at, pick_device, precision
+from plumbing.devices import autocast, generator_at, join_processes, pick_device, precision
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
@@ -74,14 +74,11 @@ def main(settings):
     check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
     check_positive(settings, "learning_rate", "grad_clip", "noise_scale")
     check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    rank, world_size = join_processes(device, batch_size)
     check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
     if rank == 0:
         _locked = lock(f"{out_dir}/.decoder.lock")  # until main ends
-    check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
-    if world_size > 1:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
     # ---- the networks, their optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)

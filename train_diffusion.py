@@ -40,7 +40,7 @@ from model import (
     velocity,
 )
 from plumbing.data import Data
-from plumbing.devices import autocast, generator_at, pick_device
+from plumbing.devices import autocast, generator_at, join_processes, pick_device
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 from plumbing.text import Tokenizer
@@ -82,14 +82,11 @@ def main(settings):
     check_positive(settings, "learning_rate", "grad_clip")
     for key in ("null_probability", "ema_decay"):
         check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    rank, world_size = join_processes(device, batch_size)
     check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
     if rank == 0:
         _locked = lock(f"{out_dir}/.diffusion.lock")  # until main ends
-    check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
-    if world_size > 1:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
     # ---- the network, its average, its optimizers, and where an earlier run left them ----
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """Devices, precision, and random numbers that need no state."""
 
-from plumbing.config import reported_as
+from plumbing.config import check, reported_as
 
 import os
 from contextlib import nullcontext
@@ -26,6 +26,15 @@ def pick_device(name):
         if name.startswith("cuda"):
             torch.cuda.set_device(name)  # for pinning and synchronising, which take no device
     return name
+
+
+def join_processes(device, batch_size):
+    """Joins the processes that torchrun started, if any -> the rank of this one, and how many there are."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(batch_size % world_size == 0, f"batch_size={batch_size} cannot be shared by {world_size} processes")
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world_size
 
 
 def precision(device):
