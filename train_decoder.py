@@ -32,7 +32,6 @@ from plumbing.decoders import source_sha256
 from plumbing.devices import autocast, generator_at, join_processes, pick_device, precision
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
-from plumbing.text import Tokenizer
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # folder for the model; default out/DATASET
@@ -216,15 +215,14 @@ def evaluate(decoder, data):
             totals[level] += loss.item() * len(at) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
-    tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
     tokens, length, split, x = data.rows("val", rows[[0, -1]], INPUTS, device)
-    prompts = [row[:n].tolist() for row, n in zip(tokens, split)]
+    tokens, decode = tokens.tolist(), data.tokenizer.decode
+    prompts = [row[:n] for row, n in zip(tokens, split)]
     room = data.meta["block_size"] - max(map(len, prompts))
     rng = generator_at(device, seed, 2)
     written = decoder.write(prompts, x, min(32, room), Sampling(), rng)
     for row, end, n, new in zip(tokens, length, split, written):
-        print(f"\n  prefix  {tokenizer.decode(row[:n].tolist())!r}")
-        print(f"  true    {tokenizer.decode(row[n:end].tolist())!r}\n  written {tokenizer.decode(new)!r}")
+        print(f"\n  prefix  {decode(row[:n])!r}\n  true    {decode(row[n:end])!r}\n  written {decode(new)!r}")
     mean = sum(totals[level] for level in VAL_SIGMA2) / len(VAL_SIGMA2)
     return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 

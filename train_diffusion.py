@@ -43,7 +43,6 @@ from plumbing.data import Data
 from plumbing.devices import autocast, generator_at, join_processes, pick_device
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
-from plumbing.text import Tokenizer
 
 dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # folder for the model; default out/DATASET
@@ -232,12 +231,11 @@ def evaluate(ema, decoder, data):
     proposals, truths, others = (y.cpu() * data.std + data.mean for y in shown)
     true, other = (F.cosine_similarity(proposals, y).mean().item() for y in (truths, others))
     if decoder is not None:
-        tokenizer = Tokenizer(data.ranks, data.meta["pattern"])
         prompts = [row[:n].tolist() for row, n in zip(tokens[:2], split[:2])]
         room = data.meta["block_size"] - max(map(len, prompts))
         written = decoder.write(prompts, proposed[:2], min(32, room), Sampling(), rng)
         for prompt, new in zip(prompts, written):
-            print(f"\n  prefix  {tokenizer.decode(prompt)!r}\n  written {tokenizer.decode(new)!r}")
+            print(f"\n  prefix  {data.tokenizer.decode(prompt)!r}\n  written {data.tokenizer.decode(new)!r}")
     return {**totals, "cosine": true, "cosine_shuffled": other}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.text import read_ranks
+from plumbing.text import Tokenizer, read_ranks
 
 DATA_FORMAT = 4  # of data/NAME
 COLUMNS = ("tokens", "length", "split", "prefix_emb", "cont_emb")
@@ -55,7 +55,8 @@ class Data:
                     raise InputError(f"{path} is missing or damaged ({e}): {again}") from None
                 check(len(array) == n, f"{path} is damaged: {len(array)} rows, not {n}: {again}")
                 self.arrays[subset, name] = array
-        self.ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.meta["tokenizer"])
+        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.meta["tokenizer"])
+        self.tokenizer = Tokenizer(ranks, self.meta["pattern"])
 
     def rows(self, subset, index, columns, device):
         """Rows `index` of some columns: tokens cut to the longest, embeddings standardised, in fp32."""

@@ -10,7 +10,6 @@ from conftest import copy_scripts, digest, run_here
 from test_decoders import save_llama
 
 from plumbing.data import Data
-from plumbing.text import Tokenizer
 
 ASKS = "{% for m in messages %}Q: {{ m.content }} A: {% endfor %}"
 SELF = "prepare.py --dataset=self --encoder=all-MiniLM-L6-v2 --block_size=16 --val_every=5 --tokenizer"
@@ -35,11 +34,10 @@ def read(monkeypatch, project, name="self"):
     """What was prepared: (text, whether it is complete) of each window, training's first."""
     monkeypatch.chdir(project)
     data = Data(name)
-    bpe = Tokenizer(data.ranks, data.meta["pattern"])
     for subset in ("train", "val"):
         columns = (data.arrays[subset, name] for name in ("tokens", "length"))
         for tokens, length in zip(*columns):
-            yield bpe.decode(tokens[:length].tolist()), tokens[length] == bpe.eot_token
+            yield data.tokenizer.decode(tokens[:length].tolist()), tokens[length] == data.tokenizer.eot_token
 
 
 def test_documents_begin_as_asked(writers, monkeypatch):
