@@ -188,6 +188,7 @@ class Transformer(nn.Module):
 
     def __init__(self, d, n, length, skips=False):
         super().__init__()
+        check(d > 0 and d % HEAD == 0, f"the width {d} must be a multiple of {HEAD}")
         self.time = TimeEmbedding(d)
         self.positions = nn.Parameter(torch.randn(length, d))
         self.blocks = nn.ModuleList(Block(d) for _ in range(n))
@@ -211,7 +212,6 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, frozen=False):
         super().__init__()
-        check(d > 0 and d % HEAD == 0, f"prompt generator: its width {d} must be a multiple of {HEAD}")
         check(K > 0 and 4 * E % K == 0, f"prompt generator: {4 * E} numbers do not make {K} soft tokens")
         self.K = K
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
@@ -233,7 +233,6 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
-        check(d > 0 and d % HEAD == 0, f"diffusion: its width {d} must be a multiple of {HEAD}")
         check(n > 0 and n % 2 == 0, f"diffusion: its number of blocks {n} must be even")
         check(M > 0 and 4 * E % M == 0, f"diffusion: {4 * E} numbers do not make {M} tokens")
         self.M = M
