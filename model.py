@@ -793,8 +793,6 @@ class DGLM:
         parse_guide(guide, self.probes)
         prefixes = [clean(p.rstrip()) for p in prefixes]
         longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
-        if max_new_tokens > proposal_tokens:
-            longest = max(longest, 1)  # later parts follow something
         self.decoder.gpt.check_room(longest, self.decoder.generator.K, min(max_new_tokens, proposal_tokens))
         rows = [p for p in prefixes for _ in range(num_samples)]
         batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
