@@ -407,9 +407,8 @@ class GPT(nn.Module):
     def check_room(self, tokens, K, max_new_tokens):
         """Raises InputError if the longest prompt, K soft tokens and the new ones do not fit."""
         room = self.config.n_positions - K - max_new_tokens
-        check(room >= 0, f"max_new_tokens={max_new_tokens}: too many for {self.config.n_positions} positions")
-        fits = f"the longest prefix has {tokens} tokens, and there is room for {room}"
-        check(tokens <= room, f"{fits}: shorten it, or lower --max_new_tokens")
+        left = f"max_new_tokens={max_new_tokens} leaves {max(room, 0)} tokens for a prefix, not {tokens}"
+        check(tokens <= room, f"{left}: shorten it, or lower --max_new_tokens")
 
     def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, earlier=(), **soft):
         """Continues lists of tokens -> the new tokens of each. earlier: see `decode`. soft: `Reader`."""
