@@ -8,9 +8,7 @@
 Writes OUT_DIR/probes/NAME.npz; then `python sample.py --guide LABEL` steers towards any of its labels, and no
 other weight changes. Accuracy, F1 and AUC are measured on a tenth of the rows, held out.
 
-How hard to steer: half of the rows fits a probe that guides, and the other half a second one, which judges
-what the model writes at rising guidance weights. Each class gets the lowest weight that is about as good as
-the best. That is with the default way to sample. Both trainings come first.
+How hard to steer is found from what the model writes, so both trainings come first: see `find_weights`.
 
 A judge works on the words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
 """
@@ -120,7 +118,7 @@ def find_weights(model, e, texts, labels, balance):
     """-> for each class the lowest of WEIGHTS whose texts are within 0.03 of the best's p(class).
 
     Half of the rows fits a probe that guides, the other half one that judges. For each weight the model
-    writes 48 texts: 12 prefixes, which are beginnings of the rows, are continued 4 times.
+    writes 48 texts in the default way: 12 prefixes, beginnings of the rows, are continued 4 times.
     """
     e_guiding, e_judging, y_guiding, y_judging = divide(e, labels, 0.5)
     guiding, judging = fit(e_guiding, y_guiding, balance), fit(e_judging, y_judging, True, surer=10)
@@ -132,7 +130,7 @@ def find_weights(model, e, texts, labels, balance):
     for at, label in enumerate(guiding.classes):
         p_at = {}
         for w in tqdm((0, *WEIGHTS), label, leave=False):
-            pairs = list(model.generate(prefixes, f"{label}:{w}", 4, model.proposal_tokens, seed))
+            pairs = model.generate(prefixes, f"{label}:{w}", 4, model.proposal_tokens, seed)
             written, proposals = zip(*pairs)
             p_at[w] = judging.log_prob(model.encode(list(written)).cpu())[:, at].exp().mean().item()
             groups = torch.stack(proposals).view(12, 4, -1)
