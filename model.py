@@ -515,8 +515,7 @@ class Sampling:
         check(0 <= self.temperature < math.inf, f"temperature={self.temperature}: must be 0 or more")
         check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
         check(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, and 1 at most")
-        penalty = self.repetition_penalty
-        check(0.01 <= penalty <= 100, f"repetition_penalty={penalty}: must be from 0.01 to 100")
+        check(0.01 <= self.repetition_penalty <= 100, "repetition_penalty must be from 0.01 to 100")
 
 
 class Covariance(NamedTuple):
