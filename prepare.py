@@ -346,8 +346,7 @@ def main(settings):
     meta = {"format": DATA_FORMAT, "data": data, "N": n, "settings": made_with}
     write_file(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
     shutil.rmtree(f"{folder}/parts")
-    windows_of = f"{n['train']:,} windows to train on, {n['val']:,} to validate"
-    print(f"{folder}: {done:,} document{'s' * (done > 1)}; {windows_of}")
+    print(f"{folder}: {done:,} documents; {n['train']:,} windows to train on, {n['val']:,} to validate")
 
 
 if __name__ == "__main__":
