@@ -36,23 +36,21 @@ def gguf_path(name):
 
 
 @lru_cache(maxsize=1)
-def gguf_fields(path):
-    """The fields of a .gguf file. Raises InputError if it, or the package that reads it, is missing."""
+def read_gguf(path):
+    """-> {token: its number}, merges in order, the pattern that splits text. Raises InputError."""
     check(importlib.util.find_spec("gguf"), f"{path} needs a package that reads it: {GGUF_SUPPORT}")
     from gguf import GGUFReader
 
     with reported_as(f"cannot read {path}"):
-        return GGUFReader(path).fields
-
-
-def read_gguf(path):
-    """-> {token: its number}, merges in order, and the pattern that splits text."""
-    fields = gguf_fields(path)
+        fields = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
     check("tokenizer.ggml.merges" in fields, f"{path}: its tokenizer is not a byte-level BPE")
-    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
-    kind = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+    kind = fields.get("tokenizer.ggml.pre", "gpt-2")
     check(kind in GGUF_PATTERNS, f"{path}: the tokenizer {kind!r} is not supported")
-    return {token: i for i, token in enumerate(tokens)}, merges, GGUF_PATTERNS[kind]
+    # without this field, transformers leaves queries and keys in the order of llama.cpp
+    whole = fields.get("general.architecture") != "llama" or "llama.attention.head_count_kv" in fields
+    check(whole, f"{path} lacks llama.attention.head_count_kv: convert it again with llama.cpp")
+    vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    return vocabulary, fields["tokenizer.ggml.merges"], GGUF_PATTERNS[kind]
 
 
 def read_json(path):

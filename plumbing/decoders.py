@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from plumbing.bpe import gguf_fields, gguf_path, read_bpe, read_gguf
+from plumbing.bpe import gguf_path, read_bpe, read_gguf
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
 
 LLAMA_CONFIG = {  # a field of GPTConfig: its name in transformers
@@ -112,8 +112,6 @@ def convert(name, path, renumber):
     theirs = load_whole(name, path)
     kind, tensors = theirs.config.model_type, theirs.state_dict()
     check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
-    if path.endswith(".gguf") and "llama.attention.head_count_kv" not in gguf_fields(path):
-        tensors = {key: rotate_halves(key, w, theirs.config) for key, w in tensors.items()}
     config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, tensors)
     if renumber and (path.endswith(".gguf") or os.path.exists(f"{path}/tokenizer.json")):
         _, order, _ = read_bpe(path)
@@ -123,16 +121,6 @@ def convert(name, path, renumber):
         for key in weights.keys() & {"wte.weight", "lm_head.weight"}:
             weights[key] = weights[key][order]
     return config, weights
-
-
-def rotate_halves(key, w, config):
-    """A .gguf file stores each rotary pair side by side, transformers half a head apart.
-
-    It moves them itself, unless the file lacks the optional field head_count_kv.
-    """
-    if not key.endswith(("q_proj.weight", "k_proj.weight")):
-        return w
-    return w.view(config.num_attention_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
 def refuse(name, features):

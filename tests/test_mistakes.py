@@ -149,9 +149,9 @@ def test_a_gpt2_with_another_attention_or_width_is_refused(feature, tmp_path):
 
 
 def test_a_gguf_file_without_optional_fields_has_the_formats_defaults(tmp_path, monkeypatch):
-    """As many heads of keys as of queries, rotary base 10,000, GPT-2's way to split text."""
+    """Rotary base 10,000, GPT-2's way to split text."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("add_tokenizer_pre", "add_head_count_kv", "add_rope_freq_base"):
+    for name in ("add_tokenizer_pre", "add_rope_freq_base"):
         monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
     torch.manual_seed(0)
     theirs, path = llama(4, True, 10_000.0).eval(), str(tmp_path / "tiny.gguf")
@@ -161,6 +161,14 @@ def test_a_gguf_file_without_optional_fields_has_the_formats_defaults(tmp_path, 
     with torch.no_grad():
         expected = theirs(ids[tokens]).logits[..., ids]
         torch.testing.assert_close(ours(ours.wte(tokens)), expected, atol=1e-4, rtol=0)
+
+
+def test_a_gguf_file_that_does_not_say_how_many_heads_its_keys_have_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda *_: None)
+    write_gguf(llama(4, True, 10_000.0), str(tmp_path / "tiny.gguf"))
+    with pytest.raises(InputError, match="tiny.gguf lacks llama.attention.head_count_kv"):
+        GPT.from_pretrained(str(tmp_path / "tiny.gguf"))
 
 
 def test_a_gguf_file_is_converted_once_and_a_damaged_conversion_again(tmp_path, monkeypatch, capsys):
