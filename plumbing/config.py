@@ -105,8 +105,8 @@ def read_config(path, script, defaults):
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"cannot read config file {path}: {e}") from None
     known = {name: declared(f"{ROOT}/{name}.py") for name in SCRIPTS}
-    known_anywhere = [key for keys in known.values() for key in keys]
-    shared, own = {}, {}
+    known[""] = [key for keys in known.values() for key in keys]  # `key = value` may be of any script
+    values = {"": {}, script: {}}
     for node in body:
         if isinstance(node, ast.Expr):
             continue  # the docstring
@@ -115,18 +115,13 @@ def read_config(path, script, defaults):
             (name,), value = [target.id for target in node.targets], ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
-        if name in SCRIPTS:
-            check(isinstance(value, dict), f'{where}: write {name} = {{"key": value}}')
-            for key, setting in value.items():
-                key = str(key)
-                check_known(key, known[name], where)
-                if name == script:
-                    own[key] = convert(key, setting, defaults[key], where)
-        else:
-            check_known(name, known_anywhere, where)
-            if name in defaults:
-                shared[name] = convert(name, value, defaults[name], where)
-    return shared | own
+        owner, settings = (name, value) if name in SCRIPTS else ("", {name: value})
+        check(isinstance(settings, dict), f'{where}: write {name} = {{"key": value}}')
+        for key, setting in settings.items():
+            check_known(str(key), known[owner], where)
+            if owner in values and key in defaults:
+                values[owner][key] = convert(key, setting, defaults[key], where)
+    return values[""] | values[script]
 
 
 def print_help(script, comments, defaults):
