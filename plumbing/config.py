@@ -144,12 +144,12 @@ def parse_arguments(arguments, script, comments, defaults):
         key, equals, value = argument[2:].partition("=")
         check_known(key, defaults, "command line")
         if not equals:  # --key value, or a bare --flag
-            is_flag = isinstance(defaults[key], bool)
-            if is_flag and (not rest or rest[0].lower() not in ("true", "false")):
+            following = rest[0] if rest else "--"
+            if isinstance(defaults[key], bool) and following.lower() not in ("true", "false"):
                 value = "true"
             else:
-                another_key = rest and re.fullmatch(r"--(\w+(=.*)?)?", rest[0], re.DOTALL)
-                check(rest and not another_key, f"command line: --{key} needs a value")
+                is_key = re.fullmatch(r"--(\w+(=.*)?)?", following, re.DOTALL)
+                check(not is_key, f"command line: --{key} needs a value")
                 value = rest.pop(0)
         values[key] = convert(key, value, defaults[key], "command line")
     return values
@@ -186,8 +186,7 @@ def run(main, variables, arguments=None):
         else:
             raise
     except KeyboardInterrupt:
-        goes_on = script in ("prepare", "train_decoder", "train_diffusion", "eval")
-        message, status = "interrupted", 130
-        message += ": the same command continues from what is saved" if goes_on else ""
+        again = "" if script in ("probes", "sample") else ": the same command continues from what is saved"
+        message, status = f"interrupted{again}", 130
     print(f"{script}.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
