@@ -124,19 +124,15 @@ def read_config(path, script, defaults):
     return values[""] | values[script]
 
 
-def print_help(script, comments, defaults):
-    print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
-    for key, comment in comments.items():
-        print(f"  --{key + '=' + repr(defaults[key]):40} {comment}")
-
-
 def parse_arguments(arguments, script, comments, defaults):
     """The command line -> {key: value}; later ones win. Raises InputError, or SystemExit(0) after --help."""
     values, rest = {}, list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print_help(script, comments, defaults)
+            print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
+            for name, comment in comments.items():
+                print(f"  --{name + '=' + repr(defaults[name]):40} {comment}")
             raise SystemExit(0)
         if not argument.startswith("--"):
             values |= read_config(argument, script, defaults)
