@@ -26,7 +26,9 @@ def read_labelled(source):
         check(known, f"{source} is not .jsonl or {', '.join(SOURCES)}")
     labels = {}  # of each text once: its first
     for row in (row for path in paths for row in read_rows(path, "text", "label") if row["text"].strip()):
-        label = names[row["label"]] if names else label_name(row["label"])
+        label = names[row["label"]] if names else row["label"]
+        whole = isinstance(label, float) and label.is_integer()  # pandas may write 1 as 1.0
+        label = str(int(label) if whole else label).strip()
         labels.setdefault(clean(row["text"]), label)
     counts = Counter(labels.values())
     found = ", ".join(counts) or "none"
@@ -36,9 +38,3 @@ def read_labelled(source):
         allowed = label not in ("", "none", "nan") and not set(label) & set(",:=")
         check(allowed, f"{source}: {label!r} cannot be a label: rename it, without , : or =")
     return list(labels), list(labels.values())
-
-
-def label_name(label):
-    """1 and 1.0, as pandas writes whole numbers beside missing ones, are both `1`."""
-    whole = isinstance(label, float) and label.is_integer()
-    return str(int(label) if whole else label).strip()
