@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -88,19 +89,15 @@ OFFLINE = "without a network, give a folder or file of your own, or copy a hub c
 
 def hub_file(repo, filename, **options):
     """The local path of one file of a Hugging Face repository, downloaded once. Raises InputError."""
-    from huggingface_hub import hf_hub_download
-
     with reported_as(f"cannot get {filename} of {repo} from the hub; {OFFLINE}"):
-        return hf_hub_download(repo, filename, **options)
+        return huggingface_hub.hf_hub_download(repo, filename, **options)
 
 
 def hub_folder(repo):
     """The local folder of a Hugging Face repository: weights, tokenizer and probes. Raises InputError."""
-    from huggingface_hub import snapshot_download
-
     wanted = ["*.safetensors", "*.json", "*.tiktoken", "*.npz"]
     with reported_as(f"cannot get the files of {repo} from the hub; {OFFLINE}"):
-        return snapshot_download(repo, allow_patterns=wanted)
+        return huggingface_hub.snapshot_download(repo, allow_patterns=wanted)
 
 
 def model_folder(name):
@@ -135,11 +132,10 @@ def load_weights(folder, name, device="cpu"):
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["nanodglm"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        version, digest = meta.get("format"), meta.pop("sha256", None)
-        same = fingerprint(tensors, json.dumps(meta)) == digest
+        same = meta.pop("sha256", None) == fingerprint(tensors, json.dumps(meta))
     except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as e:
         raise InputError(f"{path} is damaged, or not from this project: {e}") from None
-    check(version == FORMAT, f"{path} was made by another version: train it again")
+    check(meta.get("format") == FORMAT, f"{path} was made by another version: train it again")
     check(same, f"{path} is damaged: it is not what was written")
     return meta, {k: v.to(device) for k, v in tensors.items()}
 
