@@ -15,17 +15,6 @@ import torch
 from plumbing.bpe import gguf_path, read_bpe, read_gguf
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
 
-LLAMA_CONFIG = {  # a field of GPTConfig: its name in transformers
-    "vocab_size": "vocab_size",
-    "n_positions": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-    "n_kv_head": "num_key_value_heads",
-    "n_hidden": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
 LLAMA_BLOCK = {  # a weight of our block: the weights of transformers that it joins
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -161,8 +150,18 @@ def from_llama(name, theirs, tensors):
         "a head width of its own": theirs.head_dim * theirs.num_attention_heads != theirs.hidden_size,
     }
     refuse(name, features)
-    config = {field: getattr(theirs, theirs_name) for field, theirs_name in LLAMA_CONFIG.items()}
-    config["rope_theta"] = rope["rope_theta"]
+    config = {
+        "vocab_size": theirs.vocab_size,
+        "n_positions": theirs.max_position_embeddings,
+        "n_layer": theirs.num_hidden_layers,
+        "n_head": theirs.num_attention_heads,
+        "n_embd": theirs.hidden_size,
+        "rope_theta": rope["rope_theta"],
+        "n_kv_head": theirs.num_key_value_heads,
+        "n_hidden": theirs.intermediate_size,
+        "norm_eps": theirs.rms_norm_eps,
+        "tied": theirs.tie_word_embeddings,
+    }
     weights = {"wte.weight": tensors["model.embed_tokens.weight"]}
     weights["ln_f.weight"] = tensors["model.norm.weight"]
     if not config["tied"]:
