@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from transformers import pipeline
 
 from plumbing.bpe import gguf_path
@@ -54,7 +53,7 @@ def read_judge(path):
         features, fit = TfidfVectorizer(**FEATURES, vocabulary=words), LogisticRegression()
         features.idf_, fit.classes_ = f["idf"].astype(float), f["classes"]
         fit.coef_, fit.intercept_ = f["coef"].astype(float), f["intercept"]
-    return fit.classes_.tolist(), make_pipeline(features, fit).predict_proba
+    return fit.classes_.tolist(), lambda texts: fit.predict_proba(features.transform(texts))
 
 
 def load_judge(name, device, batch_size):
