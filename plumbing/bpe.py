@@ -1,6 +1,6 @@
 """Tokenizers trained by others: the byte-level BPE of a tokenizer.json or a .gguf file."""
 
-from plumbing.config import InputError, check, reported_as
+from plumbing.config import check, reported_as
 
 import glob
 import importlib.util
@@ -55,13 +55,10 @@ def read_gguf(path):
 
 def read_json(path):
     """-> {token: its number}, merges in order, and the patterns that may be the one that splits text."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            whole = json.load(f)
+    with reported_as(f"{path} is damaged, or not a byte-level BPE"), open(path, encoding="utf-8") as f:
+        whole = json.load(f)
         vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
         vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is damaged, or not a byte-level BPE ({type(e).__name__}: {e})") from None
     steps = whole["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     own = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", ())]
@@ -95,10 +92,8 @@ def read_bpe(name):
         vocabulary, merges, patterns = read_json(path)
     eot = next((token for token in ("<|endoftext|>", "<|end_of_text|>") if token in vocabulary), None)
     check(eot, f"{path}: it has no token <|endoftext|> or <|end_of_text|>")
-    try:
+    with reported_as(f"{path} is not a byte-level BPE, whose characters stand for bytes"):
         ranks, order = merge_order(vocabulary, merges)
-    except KeyError as e:
-        raise InputError(f"{path} is not a byte-level BPE: it has the token {e}") from None
     if not path.endswith(".gguf"):
         theirs = tokenizers.Tokenizer.from_file(path)
         pattern = next((p for p in patterns if splits_alike(Tokenizer(ranks, p), order, theirs)), None)

@@ -99,11 +99,8 @@ def check_known(key, known, where):
 def read_config(path, script, defaults):
     """The values that a config file sets in `script` -> {key: value}. Raises InputError."""
     check(path.endswith(".py"), f"{path!r} is not a config file (.py): set variables with --key=value")
-    try:
-        with open(path, encoding="utf-8") as f:
-            body = ast.parse(f.read()).body
-    except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f"cannot read config file {path}: {e}") from None
+    with reported_as(f"cannot read config file {path}"), open(path, encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
     known = {name: declared(f"{ROOT}/{name}.py") for name in SCRIPTS}
     known[""] = [key for keys in known.values() for key in keys]  # `key = value` may be of any script
     values = {"": {}, script: {}}

@@ -1,6 +1,6 @@
 """What prepare.py wrote, read as memory maps."""
 
-from plumbing.config import InputError, check
+from plumbing.config import check, reported_as
 
 import json
 import os
@@ -36,11 +36,9 @@ class Data:
         self.folder = f"data/{data_name(dataset)}"
         check(os.path.exists(f"{self.folder}/meta.json"), f"{self.folder} is not prepared: run prepare.py")
         again = f"remove {self.folder} and prepare it again"
-        try:
+        with reported_as(f"{self.folder}/meta.json is damaged, {again}"):
             meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
             version = meta["format"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.folder}/meta.json is damaged: {again}") from None
         check(version == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
         self.meta = meta["data"]  # what a model trained on this data must be used with
         self.size = meta["N"]  # rows of each subset
@@ -49,10 +47,8 @@ class Data:
         for subset, n in self.size.items():
             for name in COLUMNS:
                 path = f"{self.folder}/{subset}/{name}.npy"
-                try:
+                with reported_as(f"{path} is missing or damaged, {again}"):
                     array = np.load(path, mmap_mode="r")  # fails if the file is shorter than its header says
-                except (OSError, ValueError) as e:
-                    raise InputError(f"{path} is missing or damaged ({e}): {again}") from None
                 check(len(array) == n, f"{path} is damaged: {len(array)} rows, not {n}: {again}")
                 self.arrays[subset, name] = array
         ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.meta["tokenizer"])

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 FORMAT = 4  # of .safetensors
@@ -128,13 +128,11 @@ def load_weights(folder, name, device="cpu"):
     """-> what was saved with the weights, the weights. Raises InputError if missing or damaged."""
     path = f"{folder}/{name}.safetensors"
     check(os.path.exists(path), f"{path} is missing: train it, or give --out_dir, the folder of a model")
-    try:
+    with reported_as(f"{path} is damaged, or not from this project"):
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["nanodglm"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
         same = meta.pop("sha256", None) == fingerprint(tensors, json.dumps(meta))
-    except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as e:
-        raise InputError(f"{path} is damaged, or not from this project: {e}") from None
     check(meta.get("format") == FORMAT, f"{path} was made by another version: train it again")
     check(same, f"{path} is damaged: it is not what was written")
     return meta, {k: v.to(device) for k, v in tensors.items()}

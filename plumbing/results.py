@@ -1,6 +1,6 @@
 """The results of eval.py, on disk and as tables."""
 
-from plumbing.config import InputError, check
+from plumbing.config import check, reported_as
 
 import json
 import os
@@ -18,11 +18,8 @@ class Results:
     def __init__(self, path, made_with, seeds):
         self.path, self.made_with, self.seeds, self.lines = path, made_with, seeds, []
         if os.path.exists(self.path):
-            try:
-                with open(self.path, encoding="utf-8") as f:
-                    before, *self.lines = map(json.loads, f)
-            except ValueError:
-                raise InputError(f"{self.path} is damaged: remove it") from None
+            with reported_as(f"{self.path} is damaged, remove it"), open(self.path, encoding="utf-8") as f:
+                before, *self.lines = map(json.loads, f)
             changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
             check(not changed, f"{self.path} was made with other {changed}: give another --results")
 

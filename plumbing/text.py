@@ -1,6 +1,6 @@
 """The tokenizer and the sentence encoder."""
 
-from plumbing.config import InputError, check, reported_as
+from plumbing.config import check, reported_as
 
 import base64
 import importlib.util
@@ -17,13 +17,11 @@ GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|
 
 def read_ranks(path, digest=None):
     """A file of BPE ranks in tiktoken's format (base64 token, space, rank) -> {bytes: rank}."""
-    try:
+    with reported_as(f"{path} is not a tokenizer in tiktoken's format"):
         same = digest in (None, sha256(path))
         with open(path, "rb") as f:
             pairs = [line.split() for line in f if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not a tokenizer in tiktoken's format: {e}") from None
     check(same, f"{path} is damaged, or not the tokenizer that the decoder was trained with")
     once = sorted(ranks.values()) == list(range(len(pairs)))
     check(once, f"{path} is not supported: its ranks are not 0, 1, 2, ..., each once")
