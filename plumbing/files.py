@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 
+import filelock
 import huggingface_hub
 import torch
 from safetensors import safe_open
@@ -49,17 +50,11 @@ def write_file(path, content):
 
 
 def lock(path):
-    """Opens a file that no other process can lock as long as it stays open. Raises InputError."""
-    handle = open(path, "w")
+    """Locks a file for as long as what this returns is kept. Raises InputError if another run has it."""
     try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has none
-        pass
-    except OSError:
+        return filelock.FileLock(path).acquire(timeout=0)
+    except filelock.Timeout:
         raise InputError(f"another run is writing to {os.path.dirname(path)}: stop it, or wait") from None
-    return handle
 
 
 def sha256(path):
