@@ -18,12 +18,11 @@ DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r
 GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}  # by tokenizer.ggml.pre
 
 # text that tokenizers are known to split in different ways
-WORDS = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien 'quoted'|don't  'twas|e.g. U.S.A.
+AWKWARD = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien 'quoted'|don't  'twas
 1|12|1234567|in 1987|x1y22z333|  9|3.14|-1,000.50|2nd ½ ² ٣|50% $5 #tag|!? ... --|(a)[b]{c}|<b>&amp;</b>
 snake_case CamelCase|http://x.org/a_b?c=1&d|naïve café ÄÖß|Привет мир|مرحبا|e\u0301|中文 字符，。
-日本語 テキスト|한국어|😀👍🏽 🇩🇪"""
-BLANKS = ["\n", "\n\nnew\n", "  \n x", "x\r\ny", "\n7\n8", "\n 10", "\t tab"]
-AWKWARD = WORDS.replace("\n", "|").split("|") + BLANKS
+e.g. U.S.A.|日本語 テキスト|한국어|😀👍🏽 🇩🇪""".replace("\n", "|").split("|")
+AWKWARD += ["\n", "\n\nnew\n", "  \n x", "x\r\ny", "\n7\n8", "\n 10", "\t tab"]
 
 
 def gguf_path(name):
