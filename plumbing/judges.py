@@ -93,9 +93,8 @@ class LanguageModel:
 
     def __init__(self, name, device):
         self.tokenizer = load_tokenizer(name)
-        tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        self.first = next((token for token in tokens if token is not None), None)
-        check(self.first is not None, f"--judge_lm: {name} has no token that begins or ends a text")
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.first = eos if bos is None else bos  # something must precede the first token
         self.model, self.device = load_whole(name, gguf_path(name) or name).to(device).eval(), device
 
     @torch.no_grad()
