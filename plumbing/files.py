@@ -26,8 +26,7 @@ FORMAT = 4  # of .safetensors
 def check_writable(path):
     """Raises InputError if no file can be written there: it would replace a folder or a device."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cannot write {path}: there is no such folder")
-    plain = os.path.isfile(path) or not os.path.exists(path)
-    check(plain and not str(path).endswith("/"), f"cannot write {path}: it is not a plain file")
+    check(os.path.isfile(path) or not os.path.exists(path), f"cannot write {path}: it is not a plain file")
 
 
 def write_file(path, content):
