@@ -57,9 +57,9 @@ def pick_one(pattern, rng):
 
 
 def sentence_patterns(topic, sentiment):
-    """The grammar's sentences of one topic and sentiment: opening, event, opinions, closing."""
+    """The grammar's sentences of one topic and sentiment: opening, event, closing, and the opinions."""
     slots = {k: f"({v})" for k, v in (TOPICS[topic] | SENTIMENTS[sentiment]).items()}
-    return [OPENING, slots["event"], [opinion.format(**slots) for opinion in OPINIONS], slots["closing"]]
+    return [OPENING, slots["event"], slots["closing"], *(opinion.format(**slots) for opinion in OPINIONS)]
 
 
 def toy_documents(toy_seed):
@@ -67,7 +67,7 @@ def toy_documents(toy_seed):
     for number in itertools.count():
         rng = np.random.default_rng((toy_seed, number))
         topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(SENTIMENTS))
-        opening, event, opinions, closing = sentence_patterns(topic, sentiment)
+        opening, event, closing, *opinions = sentence_patterns(topic, sentiment)
         chosen = [opening, event, *rng.choice(opinions, rng.integers(2, 4))]
         if rng.random() < 0.6:
             chosen.append(closing)
@@ -80,23 +80,20 @@ def grade_text(text):
     A text has a sentiment (or a topic) if all its words belong to that one.
     """
 
-    def owner(groups, names):
-        words = {g: "|".join(groups[g][name] for name in names) for g in groups}
-        found = [g for g in groups if re.search(rf"\b({words[g]})\b", text)]
+    def owner(groups):
+        found = [g for g in groups if re.search(rf"\b({'|'.join(groups[g].values())})\b", text)]
         return found[0] if len(found) == 1 else None
 
     sentences = re.findall(r"\s*([^.]+)\.", text)
     could = sum(bool(grammar().fullmatch(s)) for s in sentences)
-    sentiment = owner(SENTIMENTS, ("adjective", "verb", "closing"))
-    return sentiment, owner(TOPICS, ("event", "noun")), len(sentences), could
+    return owner(SENTIMENTS), owner(TOPICS), len(sentences), could
 
 
 @cache
 def grammar():
     """One pattern for all sentences of the grammar."""
     each = itertools.starmap(sentence_patterns, itertools.product(TOPICS, SENTIMENTS))
-    found = [p for opening, event, opinions, closing in each for p in (opening, event, *opinions, closing)]
-    return re.compile("|".join(found))
+    return re.compile("|".join(itertools.chain.from_iterable(each)))
 
 
 def print_grades(path):
