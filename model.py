@@ -783,6 +783,8 @@ class DGLM:
         sampling = Sampling(**options)
         counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         counts["proposal_tokens"] = proposal_tokens
+        whole = all(isinstance(number, int) for number in (seed, *counts.values()))
+        check(whole, f"{', '.join(counts)} and seed must be whole numbers")
         check_positive(counts, *counts)
         texts = isinstance(prefixes, list) and prefixes and all(isinstance(p, str) for p in prefixes)
         check(texts, "prefixes must be a list of texts")

@@ -426,6 +426,8 @@ WRONG_CALLS = [
     ({"prefixes": []}, "prefixes must be a list of texts"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be above 0"),
     ({"batch_size": 0}, "batch_size=0: must be above 0"),
+    ({"batch_size": "4"}, "must be whole numbers"),
+    ({"seed": None}, "must be whole numbers"),
     ({"max_new_tokens": 9999, "proposal_tokens": 9999}, "max_new_tokens=9999 leaves 0 tokens for"),
     ({"top_k": 2.5}, "top_k=2.5: must be of the type int"),
     ({"may_end": "false"}, "may_end='false': must be of the type bool"),
