@@ -37,7 +37,7 @@ train_decoder = {
     "freeze": True,
     "generator_width": 384,
     "batch_size": 16,
-    "max_iters": 2000,
+    "max_iters": 1750,
     "learning_rate": 4e-4,
     "warmup_iters": 60,
     "eval_interval": 250,
@@ -46,10 +46,11 @@ train_decoder = {
 train_diffusion = {
     "width": 192,
     "layers": 6,
-    "max_iters": 1200,
+    "batch_size": 64,
+    "max_iters": 4800,
     "learning_rate": 1e-3,
-    "warmup_iters": 40,
-    "eval_interval": 300,
+    "warmup_iters": 100,
+    "eval_interval": 1200,
     "eval_rows": 512,
 }
 probes = {"inverse_penalty": 1.0, "weight": 120.0}  # smooth: an overfitted probe steers badly
