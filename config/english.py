@@ -53,7 +53,6 @@ train_diffusion = {
     "eval_interval": 1200,
     "eval_rows": 512,
 }
-probes = {"inverse_penalty": 1.0, "weight": 120.0}  # smooth: an overfitted probe steers badly
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz"
