@@ -379,6 +379,7 @@ def main(settings):
     fields = {field: settings[field] for field in asdict(Sampling())}
     sampling, *_ = [Sampling(**fields | {"guide_through": way}) for way in items(guide_through) or [""]]
     check(all(pair.count("+") == 1 for pair in items(pairs)), f"--pairs {pairs}: write negative+sports")
+    check(items(attributes) and items(pairs), "--attributes and --pairs must not be empty")
     check_positive(settings, "num_texts", "new_tokens", "num_samples", "control_tokens")
     check_positive(settings, "seeds", "batch_size")
     lists = cfg_scales, plain_temperatures, sigma2s, guidance_weights, best_of, expert_weights, vector_weights
