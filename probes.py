@@ -42,7 +42,7 @@ balanced = False  # weight classes equally, whatever their sizes; always so for 
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 
-WEIGHTS = (20, 40, 80, 160, 320)  # to try
+WEIGHTS = (20, 40, 80, 160)  # to try; above, texts become alike
 
 
 def main(settings):
@@ -115,7 +115,7 @@ def train_probe(model, texts, labels, balance):
 
 
 def find_weights(model, e, texts, labels, balance):
-    """-> for each class the lowest of WEIGHTS whose texts are within 0.03 of the best's p(class).
+    """-> for each class the one of WEIGHTS whose texts have the highest p(class).
 
     Half of the rows fits a probe that guides, the other half one that judges. For each weight the model
     writes 48 texts in the default way: 12 prefixes, beginnings of the rows, are continued 4 times.
@@ -138,11 +138,11 @@ def find_weights(model, e, texts, labels, balance):
             tqdm.write(f"  {label:16}{w:8}{p_at[w]:10.2f}{cosine:9.2f}")
             if w and p_at[w] > 0.95:
                 break
-        best = max(p_at[w] for w in p_at if w)
-        found.append(float(next(w for w in p_at if w and p_at[w] >= best - 0.03)))
-        print(f"  {label}: weight {found[-1]:g}")
-        if best < 0.5:
-            print(f"  even the strongest guide seldom makes a text {label}")
+        best = max(list(p_at)[1:], key=p_at.get)
+        found.append(float(best))
+        print(f"  {label}: weight {best}")
+        if p_at[best] < 0.5:
+            print(f"  even the best guide seldom makes a text {label}")
     return found
 
 

