@@ -11,16 +11,15 @@ command continues an interrupted run. The table is printed in Markdown and, with
 is a probe that guides: `probes.py --judge` must fit judges to text that no probe has seen.
 """
 
-from plumbing.config import check, check_positive, reported_as, run
-
 import glob
 import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 
 import peers
 from model import DGLM, Sampling
+from plumbing.config import check, check_positive, reported_as, run
 from plumbing.data import Data
 from plumbing.devices import generator_at
 from plumbing.files import lock, newest_model, read_rows, sha256
@@ -87,17 +87,6 @@ seed = 1337  # the first
 
 
 # ---------- Measures ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Bench:
-    """What the tasks need, loaded first, so that anything missing is reported before work starts."""
-
-    model: DGLM
-    lm: LanguageModel
-    judges: dict  # {name: its classes and its function}
-    experts: dict  # {class: (expert, anti-expert)}
-    vectors: dict  # {class: steering vector}
 
 
 def distinct(groups, n):
@@ -337,11 +326,8 @@ def parts_of(model, batch, count, run_seed, sampling):
 
 def runtime(bench, book, sampling):
     """Table 4: seconds a text of each part, and of a guided text relative to decoding its soft tokens."""
-    gpt, generator = bench.model.decoder.gpt, bench.model.decoder.generator
-    prompt = bench.model.tokenizer.encode_ordinary(prompts.split("|")[0])
-    room = gpt.config.n_positions - generator.K - len(prompt)
-    sizes = [(int(b), int(n)) for b in numbers(batch_sizes) for n in numbers(lengths) if n <= room]
-    check(sizes, f"--lengths: this model has room for {room} tokens after the prompt")
+    fitting = [int(n) for n in numbers(lengths) if n <= bench.model.longest]
+    sizes = [(int(b), n) for b in numbers(batch_sizes) for n in fitting]
     rows = {f"batch {batch}, tokens {count}": (batch, count) for batch, count in sizes}
     for row, run_seed in book.missing(rows):
         batch, count = rows[row]
@@ -404,7 +390,9 @@ def main(settings):
     for label in labels:
         known = any({label, OPPOSITE.get(label)} & set(classes) for classes, _ in loaded.values())
         check(known, f"--judges: none of {judges} knows {label!r}: see probes.py --judge")
-    bench = Bench(model, lm, loaded, peers.load_experts(experts if labels else "", model), {})
+    pairs_of = peers.load_experts(experts if labels else "", model)
+    # all that the tasks need, loaded first, so that anything missing is reported before work starts
+    bench = SimpleNamespace(model=model, lm=lm, judges=loaded, experts=pairs_of, vectors={})
     for path in items(vector_rows if labels else ""):
         layers = model.decoder.gpt.config.n_layer
         check(0 <= vector_layer < layers, f"--vector_layer: this decoder's are 0 to {layers - 1}")

@@ -19,8 +19,6 @@ tokens, M of diffusion tokens.
 [LGD]   Song et al. 2023, Loss-Guided Diffusion Models. ICML
 """
 
-from plumbing.config import check, check_positive, reported_as
-
 import glob
 import math
 import os
@@ -33,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from plumbing.config import check, check_positive, reported_as
 from plumbing.decoders import read_pretrained, source_sha256
 from plumbing.decoding import Reader, decode, insert
 from plumbing.devices import autocast, pick_device, precision
@@ -47,9 +46,7 @@ MAX_LOG_SNR = 15.0  # training covers log_snr in [-15, 15]
 
 def cosine_log_snr(t, scale=1.0):
     """log_snr at t in [0, 1] for alpha^2 = cos^2(pi t / 2), clamped to +-20, then shifted by 2 ln(scale)."""
-    log_cos = torch.log(torch.cos(math.pi / 2 * t).clamp(min=1e-12))
-    log_sin = torch.log(torch.sin(math.pi / 2 * t).clamp(min=1e-12))
-    return (2 * (log_cos - log_sin)).clamp(-20, 20) + 2 * math.log(scale)
+    return torch.cos(math.pi / 2 * t).square().logit().clamp(-20, 20) + 2 * math.log(scale)
 
 
 def alpha_sigma(log_snr):
@@ -104,9 +101,8 @@ class NoiseBins(nn.Module):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
         index = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
         finite = loss.isfinite()  # the optimizer skips a step that overflowed, too
-        count = torch.zeros_like(self.value).index_add_(0, index, finite.float())
-        total = torch.zeros_like(self.value).index_add_(0, index, loss.where(finite, 0.0))
-        self.value.lerp_(torch.where(count > 0, total / count.clamp(min=1), self.value), 0.1)
+        mean = self.value.scatter_reduce(0, index[finite], loss[finite], "mean", include_self=False)
+        self.value.lerp_(mean, 0.1)  # other bins are their own mean
 
 
 # ---------- The transformer of prompt generator and diffusion: not causal, conditioned on the noise level ---
@@ -199,9 +195,9 @@ class Transformer(nn.Module):
         time = F.silu(self.time(alpha2))
         h, stored = h + self.positions * h.shape[-1] ** -0.5, []
         for i, block in enumerate(self.blocks):
-            if self.skips and i < len(self.skips):
+            if i < len(self.skips):
                 stored.append(h)
-            elif self.skips:
+            elif stored:
                 h = self.skips[i - len(self.skips)](torch.cat((h, stored.pop()), dim=-1))
             h = block(h, time)
         return self.norm(h)
@@ -212,7 +208,6 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, frozen=False):
         super().__init__()
-        check(K > 0 and 4 * E % K == 0, f"prompt generator: {4 * E} numbers do not make {K} soft tokens")
         self.K = K
         self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
@@ -228,13 +223,11 @@ class PromptGenerator(nn.Module):
 class DiffusionTransformer(nn.Module):
     """Stage 2: z_t (B, E), x_pref (B, E), alpha^2 (B,) -> v (B, E), over M tokens.
 
-    no_prefix: (B,) bool or None; where True, a learned null vector replaces x_pref.
+    no_prefix: (B,) bool; where True, a learned null vector replaces x_pref.
     """
 
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
-        check(n > 0 and n % 2 == 0, f"diffusion: its number of blocks {n} must be even")
-        check(M > 0 and 4 * E % M == 0, f"diffusion: {4 * E} numbers do not make {M} tokens")
         self.M = M
         self.null = nn.Parameter(torch.randn(E))
         self.widen_z, self.inp_z = nn.Linear(E, 8 * E), nn.Linear(8 * E // M, d // 2)
@@ -243,10 +236,9 @@ class DiffusionTransformer(nn.Module):
         self.transformer = Transformer(d, n, M, skips=True)
         self.out, self.narrow = nn.Linear(d, 8 * E // M), nn.Linear(8 * E, E)
 
-    def forward(self, z_t, x_pref, alpha2, no_prefix=None):
+    def forward(self, z_t, x_pref, alpha2, no_prefix):
         B = len(z_t)
-        if no_prefix is not None:
-            x_pref = torch.where(no_prefix[:, None], self.null, x_pref)
+        x_pref = torch.where(no_prefix[:, None], self.null, x_pref)
         h_z = self.inp_z(self.widen_z(z_t).view(B, self.M, -1))  # (B, M, d / 2)
         h_pref = self.inp_pref(self.widen_pref(x_pref).view(B, self.M, -1))
         h = self.transformer(self.join(torch.cat((h_z, h_pref), dim=-1)), alpha2)  # (B, M, d)
@@ -271,10 +263,6 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding
 
-    def __post_init__(self):
-        fits = self.n_head > 0 and self.n_embd % self.n_head == 0
-        check(fits, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-
 
 def rotary(positions, d, theta):
     """Positions (..., T) -> cos and sin (..., 1, T, d / 2) of their angles, at d / 2 wavelengths."""
@@ -296,6 +284,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        check(config.n_embd % config.n_head == 0, f"n_embd={config.n_embd}: not a multiple of n_head")
         self.n_kv_head, gpt2 = config.n_kv_head or config.n_head, not config.rope_theta
         self.head, self.groups = config.n_embd // config.n_head, config.n_head // self.n_kv_head
         self.sizes = [config.n_embd, self.n_kv_head * self.head, self.n_kv_head * self.head]  # of q, k, v
@@ -403,12 +392,6 @@ class GPT(nn.Module):
         if eot_row is not None:
             logits[..., -1] += h @ eot_row.to(h)
         return logits
-
-    def check_room(self, tokens, K, max_new_tokens):
-        """Raises InputError if the longest prompt, K soft tokens and the new ones do not fit."""
-        room = self.config.n_positions - K - max_new_tokens
-        left = f"max_new_tokens={max_new_tokens} leaves {max(room, 0)} tokens for a prefix, not {tokens}"
-        check(tokens <= room, f"{left}: shorten it, or lower --max_new_tokens")
 
     def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, earlier=(), **soft):
         """Continues lists of tokens -> the new tokens of each. earlier: see `decode`. soft: `Reader`."""
@@ -523,11 +506,6 @@ class Covariance(NamedTuple):
 
     variance: torch.Tensor
     axes: torch.Tensor
-
-    @classmethod
-    def of(cls, x):
-        """Of x (N, E)."""
-        return cls(*torch.linalg.eigh(x.T.cov()))
 
 
 def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covariance, rng, points=32):
@@ -680,12 +658,9 @@ class DGLM:
         same = self.data == diffusion_meta["data"]
         check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
         self.proposal_tokens = self.data["block_size"] * 2 // 3  # few training windows continue for longer
+        self.longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
         self.diffusion.requires_grad_(False)
-        dtype = precision(self.device)
-        self.decoder.gpt.to(dtype)  # decoding is limited by memory bandwidth
-        for module in self.diffusion.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)  # as autocast would, in every pass
+        self.decoder.gpt.to(precision(self.device))  # decoding is limited by memory bandwidth
         ranks = read_ranks(f"{folder}/tokenizer.tiktoken", self.data["tokenizer"])
         self.tokenizer = Tokenizer(ranks, self.data.get("pattern", GPT2_PATTERN))
         self.encoder = None
@@ -735,13 +710,8 @@ class DGLM:
     def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
         """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
         prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
-        return self.tokenizer.texts(self.write_part(prompts, e, max_new_tokens, sampling, rng))
-
-    def write_part(self, prompts, e, count, sampling, rng, earlier=()):
-        """Continues lists of tokens, or of each the last words that fit -> lists of tokens."""
-        room = self.decoder.gpt.config.n_positions - self.decoder.generator.K - count
-        prompts = [self.tokenizer.last_words(prompt, room) for prompt in prompts]
-        return self.decoder.write(prompts, self.standardise(e), count, sampling, rng, earlier)
+        rows = self.decoder.write(prompts, self.standardise(e), max_new_tokens, sampling, rng)
+        return self.tokenizer.texts(rows)
 
     def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
         """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, which is
@@ -749,16 +719,15 @@ class DGLM:
         """
         prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
         proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
-        longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
         for end in [*range(proposal_tokens, max_new_tokens, proposal_tokens), max_new_tokens]:
             so_far, earlier = [prompts[i] + new[i] for i in unfinished], [new[i] for i in unfinished]
-            count = min(end - min(map(len, earlier), default=end), longest)  # the shortest reaches `end`
+            count = min(end - min(map(len, earlier), default=end), self.longest)  # the shortest reaches `end`
             if count <= 0:
                 continue
             known = [self.tokenizer.last_words(tokens, self.data["block_size"]) for tokens in so_far]
             known = [text.strip() for text in self.tokenizer.texts(known)]
             e = self.propose(known, guide, sampling, rng, on_step)
-            rows = self.write_part(so_far, e, count, sampling, rng, earlier)
+            rows = self.decoder.write(so_far, self.standardise(e), count, sampling, rng, earlier)
             for i, proposal, row in zip(unfinished, e, rows):
                 proposals[i].append(proposal)
                 new[i] = (new[i] + row)[:max_new_tokens]
@@ -775,11 +744,11 @@ class DGLM:
 
         prefixes: a list of texts; one may be empty. options: the fields of `Sampling`; batch_size (64);
         proposal_tokens, after which a longer text gets a new proposal (two thirds of a training window);
-        on_step of `propose`. One seed fixes everything. Raises InputError, at once, for what cannot be used,
-        such as a prefix that leaves no room for the new tokens.
+        on_step of `propose`. Of a prefix that the decoder has no room for, it reads the end. One seed fixes
+        everything. Raises InputError, at once, for what cannot be used.
         """
         batch_size, on_step = options.pop("batch_size", 64), options.pop("on_step", None)
-        proposal_tokens = options.pop("proposal_tokens", 0) or self.proposal_tokens
+        proposal_tokens = min(options.pop("proposal_tokens", 0) or self.proposal_tokens, self.longest)
         sampling = Sampling(**options)
         counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         counts["proposal_tokens"] = proposal_tokens
@@ -790,8 +759,6 @@ class DGLM:
         check(texts, "prefixes must be a list of texts")
         parse_guide(guide, self.probes)
         prefixes = [clean(p.rstrip()) for p in prefixes]
-        longest = max(len(self.tokenizer.encode_ordinary(p)) for p in prefixes)
-        self.decoder.gpt.check_room(longest, self.decoder.generator.K, min(max_new_tokens, proposal_tokens))
         rows = [p for p in prefixes for _ in range(num_samples)]
         batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
         how = {"max_new_tokens": max_new_tokens, "proposal_tokens": proposal_tokens, "sampling": sampling}

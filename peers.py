@@ -11,8 +11,6 @@ eval.py measures them beside DGLM. None of them uses the diffusion to steer.
 [CAA] Rimsky et al. 2024, Steering Llama 2 via Contrastive Activation Addition. arXiv 2312.06681
 """
 
-from plumbing.config import check
-
 import math
 from dataclasses import replace
 from functools import cache
@@ -21,6 +19,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from model import load_decoder
+from plumbing.config import check
 from plumbing.decoding import Reader, decode, likeliest
 from plumbing.devices import autocast
 from plumbing.guides import parse_guide

@@ -16,8 +16,6 @@ meta.json. It streams: a file for every SHARD windows, all joined at the end (wh
 the same command continues an interrupted run, to the same bytes.
 """
 
-from plumbing.config import check, check_positive, reported_as, run
-
 import base64
 import glob
 import itertools
@@ -36,6 +34,7 @@ from tqdm import tqdm
 
 from model import GPT, Sampling
 from plumbing.bpe import read_bpe
+from plumbing.config import check, check_positive, reported_as, run
 from plumbing.corpora import c4_documents, file_documents, openwebtext_documents, text_files
 from plumbing.data import COLUMNS, DATA_FORMAT, data_name
 from plumbing.decoders import load_tokenizer, source_sha256
@@ -72,7 +71,6 @@ def self_documents():
     """
     lines = Path(openings).read_text("utf-8-sig").splitlines() if openings else ["{}"]
     lines = [line for line in lines if line.strip()]
-    check(lines, f"{openings} holds no line of text")
     theirs = load_tokenizer(tokenizer)
     fits = theirs.chat_template or not any("=>" in line for line in lines)
     check(fits, f"{openings}: {tokenizer} has no chat template, so it knows no =>")
@@ -110,7 +108,7 @@ def self_documents():
         yield partial(lambda number: write(number // 512)[number], number)
 
 
-def documents(folder):
+def documents():
     """-> the texts of `dataset`, and the hashes of its files; several paths take turns.
 
     Raises InputError for a path that is missing or holds no text.
@@ -126,12 +124,9 @@ def documents(folder):
             texts.append(self_documents())
             hashes.append(source_sha256(tokenizer))
         else:
-            exists = os.path.exists(path)
-            check(exists, f"there is no dataset {path!r}: use toy, c4, openwebtext, self or a path")
-            files = text_files(path)
-            check(files, f"{path}: no .txt, .jsonl or .jsonl.gz file")
-            inside = f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
-            check(not inside, f"{path} lies in {folder}, which is for what is prepared: move or rename it")
+            files = text_files(path) if os.path.exists(path) else []
+            none = f"there is no dataset {path!r}: use toy, c4, openwebtext, self, or .txt, .jsonl, .jsonl.gz"
+            check(files, none)
             texts.append(itertools.chain.from_iterable(map(file_documents, files)))
         hashes += map(sha256, files)
     turns = itertools.zip_longest(*texts)
@@ -154,9 +149,8 @@ def choose_tokenizer():
         ranks = read_ranks(tokenizer)
     else:
         ranks, _, pattern = read_bpe(tokenizer)
-    size = vocab_size or len(ranks) + 1
-    check(256 < size <= len(ranks) + 1, f"--vocab_size={size}: {tokenizer} has {len(ranks) + 1}")
-    return {token: rank for token, rank in ranks.items() if rank < size - 1}, pattern
+    kept = vocab_size - 1 if vocab_size else len(ranks)  # <|endoftext|> comes on top
+    return {token: rank for token, rank in ranks.items() if rank < kept}, pattern
 
 
 class Boundaries(NamedTuple):
@@ -200,27 +194,23 @@ def cut(tokens, size, boundaries, complete=True):
         start = end if complete else len(tokens)
 
 
-def split_points(window, boundaries, rng):
-    """Where continuations begin, `splits` of them if there are as many: 0 (no prefix), or a random word, or a
-    random character in a window of one word.
-    """
-    word, character = (np.flatnonzero(begins[window][1:]) + 1 for begins in boundaries[:2])
-    places = np.append(0, word if len(word) else character)
-    return rng.choice(places, min(splits, len(places)), replace=False).tolist()
-
-
 def windows(bpe, boundaries, text, number, complete=True):
     """The windows of document `number` -> [(tokens and the next one, split), ...], `splits` of each.
 
-    <|endoftext|> comes after the last if it is complete. There are none if it is empty or, in c4, not prose:
-    0.25 tokens a character or more [official code].
+    <|endoftext|> comes after the last if it is complete. A split is 0 (no prefix), or a random word, or in a
+    window of one word a random character. There are none if the document is empty or, in c4, not prose: 0.25
+    tokens a character or more [official code].
     """
     tokens = np.array([*bpe.encode_ordinary(text), *[bpe.eot_token] * complete])
     if len(tokens) < 2 or dataset == "c4" and len(tokens) - 1 >= 0.25 * len(text):
         return []
-    rng = np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
-    pieces = cut(tokens, block_size, boundaries, complete)
-    return [(piece, split) for piece in pieces for split in split_points(piece[:-1], boundaries, rng)]
+    rows, rng = [], np.random.default_rng((seed, number, 1))  # not the stream that wrote the toy's document
+    for piece in cut(tokens, block_size, boundaries, complete):
+        word, character = (np.flatnonzero(begins[piece[1:-1]]) + 1 for begins in boundaries[:2])
+        places = np.append(0, word if len(word) else character)
+        chosen = rng.choice(places, min(splits, len(places)), replace=False)
+        rows += [(piece, int(split)) for split in chosen]
+    return rows
 
 
 def shards(numbered, bpe, boundaries):
@@ -262,7 +252,7 @@ def join(folder, parts):
     held_out = [np.load(part)["val"] for part in parts]
     n = {"train": sum(int((~val).sum()) for val in held_out), "val": sum(int(val.sum()) for val in held_out)}
     few = f"{dataset} gave too few windows: {n['train']} to train on and, from other documents, {n['val']} to"
-    check(n["train"] > 1 and n["val"], f"{few} validate: remove {folder}, add documents or lower --val_every")
+    check(n["train"] > 1 and n["val"], f"{few} validate: add documents or lower --val_every")
     total = squares = 0.0
     for subset, name in tqdm([*itertools.product(n, COLUMNS)], "join", leave=False, delay=2):
         os.makedirs(f"{folder}/{subset}", exist_ok=True)
@@ -282,32 +272,23 @@ def join(folder, parts):
     return n, mean, np.maximum(std, 1e-3)  # some encoders have dead dimensions
 
 
-def check_made_alike(folder, made_with):
-    """Raises InputError if an earlier run, finished or not, prepared windows there with other settings."""
-    begun = [f"{folder}/parts/settings.json"] if glob.glob(f"{glob.escape(folder)}/parts/*.npz") else []
-    for path in filter(os.path.exists, (*begun, f"{folder}/meta.json")):
-        with reported_as(f"{path} is damaged, or not of this project: remove {folder}"):
-            before = json.loads(Path(path).read_text())["settings"]
-            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
-        check(not changed, f"{folder} was made with other {changed}: remove that folder, or rename the file")
-
-
 def main(settings):
     if grade:
         return print_grades(grade)
-    check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
-    check_positive(settings, "splits", "max_documents")
-    check(val_every >= 2, "--val_every must be at least 2")
-    check(dataset != "toy" or max_documents < 10**7, "for the toy say python prepare.py config/toy.py")
-    endless = "self" in dataset.split(",") and max_documents == 10**7
-    check(not endless, "self has no end: say --max_documents, such as 50000")
+    check_positive(settings, "block_size", "splits", "max_documents", "val_every")
+    endless = {"toy", "self"} & set(dataset.split(",")) and max_documents == 10_000_000
+    check(not endless, f"{dataset} has no end: say --max_documents, or a config file such as config/toy.py")
     folder = f"data/{data_name(dataset)}"
-    source, hashes = documents(folder)
+    source, hashes = documents()
     made_with = {k: v for k, v in settings.items() if k not in ("device", "grade")} | {"files": hashes}
-    os.makedirs(f"{folder}/parts", exist_ok=True)
+    begun = f"{folder}/parts/{zlib.crc32(json.dumps(made_with).encode()):08x}"  # of a run with these settings
+    os.makedirs(begun, exist_ok=True)
     _locked = lock(f"{folder}/.lock")  # until main ends
-    check_made_alike(folder, made_with)
     if os.path.exists(f"{folder}/meta.json"):
+        with reported_as(f"{folder}/meta.json is damaged, or not of this project: remove it"):
+            before = json.loads(Path(f"{folder}/meta.json").read_text())["settings"]
+            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
+        check(not changed, f"{folder} was made with other {changed}: remove its meta.json or rename the file")
         shutil.rmtree(f"{folder}/parts", ignore_errors=True)
         return print(f"{folder} is prepared already")
 
@@ -315,10 +296,9 @@ def main(settings):
     (ranks, pattern), encode = choose_tokenizer(), Encoder(encoder, device)
     bpe = Tokenizer(ranks, pattern)
     boundaries = Boundaries.of(ranks, bpe)
-    write_file(f"{folder}/parts/settings.json", json.dumps({"settings": made_with}))
     lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
     write_file(f"{folder}/tokenizer.tiktoken", b"".join(lines))
-    parts = sorted(glob.glob(f"{glob.escape(folder)}/parts/*.npz"))  # named after the documents done
+    parts = sorted(glob.glob(f"{glob.escape(begun)}/*.npz"))  # named after the documents done
     done = int(os.path.basename(parts[-1]).removesuffix(".npz")) if parts else 0
 
     # one shard after another, then all together
@@ -326,7 +306,7 @@ def main(settings):
     rest = itertools.islice(enumerate(source), done, max_documents)
     progress = tqdm(rest, folder, known, initial=done, unit=" documents")
     for shard, reached in shards(progress, bpe, boundaries):
-        parts.append(f"{folder}/parts/{reached:012d}.npz")
+        parts.append(f"{begun}/{reached:012d}.npz")
         write_file(parts[-1], partial(np.savez, **embed(shard, bpe, encode)))
         done = reached
     n, mean, std = join(folder, parts)

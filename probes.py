@@ -13,8 +13,6 @@ How hard to steer is found from what the model writes, so both trainings come fi
 A judge works on the words of a text (TF-IDF). Its rows must not be rows of the probes that it will judge.
 """
 
-from plumbing.config import check, check_positive, run
-
 import os
 from collections import Counter
 from functools import partial
@@ -27,6 +25,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from model import DGLM, Probe
+from plumbing.config import check, check_positive, run
 from plumbing.files import check_writable, is_shipped, newest_model, write_file
 from plumbing.judges import fit_judge
 from plumbing.labelled import SOURCES, read_labelled

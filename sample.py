@@ -8,8 +8,6 @@
 Texts go to standard output, notes to standard error.
 """
 
-from plumbing.config import check, check_positive, run
-
 import json
 import sys
 from dataclasses import asdict
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import DGLM, Sampling
+from plumbing.config import check, check_positive, run
 from plumbing.files import check_writable, newest_model, write_file
 from plumbing.guides import parse_guide
 from plumbing.text import clean

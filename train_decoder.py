@@ -14,8 +14,6 @@ first, and only the continuation carries loss.
 The same command again continues an interrupted run from its last validation.
 """
 
-from plumbing.config import check, check_positive, run
-
 import math
 import os
 from dataclasses import asdict
@@ -27,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log_snr, diffuse, load_decoder
+from plumbing.config import check, check_positive, run
 from plumbing.data import Data
 from plumbing.decoders import source_sha256
 from plumbing.devices import autocast, generator_at, join_processes, pick_device, precision
@@ -40,10 +39,10 @@ freeze = False  # train only the prompt generator, for a pretrained decoder
 words_only = False  # with freeze, a cheap first stage: soft tokens learn to name the words to come
 n_layer = 6  # decoder from scratch: blocks
 n_head = 6  # decoder from scratch: attention heads
-n_embd = 384  # decoder from scratch: width
+n_embd = 384  # decoder from scratch: width, a multiple of n_head
 generator_width = 768  # prompt generator: width, a multiple of 64
 generator_layers = 6  # prompt generator: blocks
-soft_tokens = 8  # prompt generator: its outputs
+soft_tokens = 8  # prompt generator: its outputs, a divisor of 4 times an embedding's width
 noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this
 batch_size = 64  # windows in a forward pass, over all processes
 gradient_accumulation = 1  # forward passes in a step
@@ -218,9 +217,8 @@ def evaluate(decoder, data):
     tokens, length, split, x = data.rows("val", rows[[0, -1]], INPUTS, device)
     tokens, decode = tokens.tolist(), data.tokenizer.decode
     prompts = [row[:n] for row, n in zip(tokens, split)]
-    room = data.meta["block_size"] - max(map(len, prompts))
     rng = generator_at(device, seed, 2)
-    written = decoder.write(prompts, x, min(32, room), Sampling(), rng)
+    written = decoder.write(prompts, x, min(32, data.meta["block_size"] // 2), Sampling(), rng)
     for row, end, n, new in zip(tokens, length, split, written):
         print(f"\n  prefix  {decode(row[:n])!r}\n  true    {decode(row[n:end])!r}\n  written {decode(new)!r}")
     mean = sum(totals[level] for level in VAL_SIGMA2) / len(VAL_SIGMA2)

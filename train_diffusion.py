@@ -13,8 +13,6 @@ uses an exponential moving average (EMA) of the weights.
 The same command again continues an interrupted run from its last validation. No stage 1 is needed.
 """
 
-from plumbing.config import check, check_positive, run
-
 import copy
 import math
 import os
@@ -39,6 +37,7 @@ from model import (
     sample,
     velocity,
 )
+from plumbing.config import check, check_positive, run
 from plumbing.data import Data
 from plumbing.devices import autocast, generator_at, join_processes, pick_device
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
@@ -48,8 +47,8 @@ dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # folder for the model; default out/DATASET
 init_from = ""  # a trained model's folder, to start from its diffusion; default from scratch
 width = 768  # width of the transformer, a multiple of 64
-layers = 12  # blocks, an even number
-diffusion_tokens = 64  # tokens that an embedding is cut into
+layers = 12  # blocks
+diffusion_tokens = 64  # tokens that an embedding is cut into: a divisor of 4 times its width
 batch_size = 256  # pairs in a forward pass, over all processes
 gradient_accumulation = 1  # forward passes in a step
 max_iters = 250_000  # optimizer steps
@@ -79,8 +78,6 @@ def main(settings):
     out_dir = out_dir or f"out/{data.meta['name']}"
     check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
     check_positive(settings, "learning_rate", "grad_clip")
-    for key in ("null_probability", "ema_decay"):
-        check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
     rank, world_size = join_processes(device, batch_size)
     check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
@@ -122,7 +119,7 @@ def main(settings):
     n = data.size["train"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, {n:,} pairs, on {device}")
     (x,) = data.rows("train", np.arange(0, n, -(-n // 50_000)), ("cont_emb",), "cpu")
-    covariance = Covariance.of(x)  # for guides at the estimate
+    covariance = Covariance(*torch.linalg.eigh(x.T.cov()))  # for guides at the estimate
 
     # ---- training ----
     def read_batch(number):

@@ -121,7 +121,7 @@ def guidance():
             return best_v(z_t, alpha2.logit(), means, deviation)
 
         settings, rng = nano.Sampling(60, cfg_scale=1, guide_through=way), torch.Generator().manual_seed(1)
-        covariance, path = nano.Covariance.of(many), []
+        covariance, path = nano.Covariance(*torch.linalg.eigh(many.T.cov())), []
         x = nano.sample(denoiser, torch.zeros(n, 2), torch.ones(n) > 0, settings, guides, covariance, rng=rng)
         return x, torch.stack([*path, x], dim=1)[:15]
 

@@ -1,7 +1,5 @@
 """Tokenizers trained by others: the byte-level BPE of a tokenizer.json or a .gguf file."""
 
-from plumbing.config import check, reported_as
-
 import glob
 import importlib.util
 import json
@@ -10,6 +8,7 @@ from functools import lru_cache
 
 import tokenizers
 
+from plumbing.config import check, reported_as
 from plumbing.files import hub_file
 from plumbing.text import GPT2_PATTERN, Tokenizer
 

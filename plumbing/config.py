@@ -48,17 +48,6 @@ def reported_as(problem):
         raise InputError(f"{problem}: {why}") from None
 
 
-def exit_quietly(kind, error, traceback):
-    """Ctrl-C while libraries are still loading: one line in place of their traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = exit_quietly
-
-
 def check_positive(settings, *keys):
     """Raises InputError for the first of these settings that is not above 0."""
     for key in keys:

@@ -1,12 +1,11 @@
 """Text that others wrote, in files and on the hub: documents, always in the same order."""
 
-from plumbing.config import reported_as
-
 import itertools
 import os
 import tarfile
 from pathlib import Path
 
+from plumbing.config import reported_as
 from plumbing.files import hub_file, read_rows
 
 

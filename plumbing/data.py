@@ -1,7 +1,5 @@
 """What prepare.py wrote, read as memory maps."""
 
-from plumbing.config import check, reported_as
-
 import json
 import os
 from functools import lru_cache
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from plumbing.config import check, reported_as
 from plumbing.text import Tokenizer, read_ranks
 
 DATA_FORMAT = 4  # of data/NAME

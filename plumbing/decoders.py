@@ -3,8 +3,6 @@
 Weights get the names of `model.GPT`, and tokens are numbered in merge order, with <|endoftext|> last.
 """
 
-from plumbing.config import InputError, check, reported_as
-
 import glob
 import os
 import sys
@@ -13,6 +11,7 @@ from contextlib import suppress
 import torch
 
 from plumbing.bpe import gguf_path, read_bpe, read_gguf
+from plumbing.config import InputError, check, reported_as
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
 
 LLAMA_BLOCK = {  # a weight of our block: the weights of transformers that it joins

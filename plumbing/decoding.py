@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from plumbing.config import check
+
 
 def insert(rows, block, at):
     """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i].
@@ -22,18 +24,19 @@ class Reader:
 
     prompts: lists of tokens, of any lengths (shorter ones are padded on the left). soft_prompt: None, or
     (B, K, n_embd), inserted after each prompt, or before it with soft_first. eot_row: see `GPT.forward`.
-    An empty prompt without soft tokens becomes <|endoftext|>. Raises InputError if there is no room.
+    An empty prompt without soft tokens becomes <|endoftext|>; of one that is too long, the end is read.
     """
 
     @torch.no_grad()
     def __init__(self, gpt, prompts, max_new_tokens, soft_prompt=None, soft_first=False, eot_row=None):
         device, B = next(gpt.parameters()).device, len(prompts)
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
+        room = gpt.config.n_positions - K - max_new_tokens
+        check(room > 0, f"max_new_tokens={max_new_tokens} is more than this decoder can write at once")
         if K == 0:  # the first token must follow something
             prompts = [prompt or [gpt.config.vocab_size - 1] for prompt in prompts]
-        T = max(map(len, prompts))
-        gpt.check_room(T, K, max_new_tokens)
-        T = max(T, 1)  # a column to begin with, even if it is padding
+        prompts = [prompt[-room:] for prompt in prompts]
+        T = max(1, *map(len, prompts))  # a column to begin with, even if it is padding
         longest = T + K + max_new_tokens
         self.gpt, self.eot_row, self.filled = gpt, eot_row, T + K
 

@@ -1,12 +1,12 @@
 """Devices, precision, and random numbers that need no state."""
 
-from plumbing.config import check, reported_as
-
 import os
 from contextlib import nullcontext
 
 import numpy as np
 import torch
+
+from plumbing.config import check, reported_as
 
 
 def generator_at(device, *numbers):

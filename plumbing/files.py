@@ -3,8 +3,6 @@
 A file is written under a temporary name and then renamed. A damaged one is named, never loaded.
 """
 
-from plumbing.config import ROOT, InputError, check, reported_as
-
 import glob
 import gzip
 import hashlib
@@ -19,6 +17,8 @@ import huggingface_hub
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+
+from plumbing.config import ROOT, InputError, check, reported_as
 
 FORMAT = 4  # of .safetensors
 

@@ -1,9 +1,9 @@
 """Guides as a person writes them: `negative:30,not-sports`."""
 
-from plumbing.config import check
-
 import math
 from typing import NamedTuple
+
+from plumbing.config import check
 
 
 class Guide(NamedTuple):

@@ -3,8 +3,6 @@
 A judge fitted by probes.py --judge travels as plain arrays. Others are classifiers of the hub, and a lexicon.
 """
 
-from plumbing.config import check, reported_as
-
 import importlib.util
 import os
 from functools import partial
@@ -17,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import pipeline
 
 from plumbing.bpe import gguf_path
+from plumbing.config import check, reported_as
 from plumbing.decoders import load_tokenizer, load_whole
 from plumbing.devices import autocast
 from plumbing.files import write_file

@@ -1,10 +1,9 @@
 """Labelled text, for probes, judges and steering vectors."""
 
-from plumbing.config import check
-
 import os
 from collections import Counter
 
+from plumbing.config import check
 from plumbing.files import hub_file, read_rows
 from plumbing.text import clean
 

@@ -1,7 +1,5 @@
 """The results of eval.py, on disk and as tables."""
 
-from plumbing.config import check, reported_as
-
 import json
 import os
 
@@ -9,6 +7,7 @@ import numpy as np
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
+from plumbing.config import check, reported_as
 from plumbing.files import write_file
 
 

@@ -1,7 +1,5 @@
 """The tokenizer and the sentence encoder."""
 
-from plumbing.config import check, reported_as
-
 import base64
 import importlib.util
 import os
@@ -9,6 +7,7 @@ import re
 
 import tiktoken
 
+from plumbing.config import check, reported_as
 from plumbing.devices import autocast, pick_device, precision
 from plumbing.files import hub_file, sha256
 

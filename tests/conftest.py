@@ -15,10 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the number of threads decides the last bi
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from plumbing.config import run  # noqa: E402
-
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from plumbing.config import run  # noqa: E402
 
 # no deadline: a slow example on a busy machine is not a failure
 settings.register_profile("nanodglm", deadline=None, derandomize=True, max_examples=50)

@@ -1,7 +1,5 @@
 """Configuration. Run: python -m pytest tests/test_config.py"""
 
-from plumbing.config import SCRIPTS, InputError, declared, parse_arguments, read_config, run
-
 import glob
 import pathlib
 
@@ -9,6 +7,8 @@ import pytest
 from conftest import ROOT, load_script
 from hypothesis import given
 from hypothesis import strategies as st
+
+from plumbing.config import SCRIPTS, InputError, declared, parse_arguments, read_config, run
 
 DEFAULTS = {"batch_size": 64, "learning_rate": 1e-3, "compile": False, "prefix": ""}
 

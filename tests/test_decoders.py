@@ -3,8 +3,6 @@
 Run: python -m pytest tests/test_decoders.py
 """
 
-from plumbing.config import InputError
-
 import importlib.util
 import json
 import os
@@ -22,6 +20,7 @@ from tokenizers import pre_tokenizers
 
 from model import GPT
 from plumbing.bpe import gguf_path, read_bpe
+from plumbing.config import InputError
 from plumbing.files import load_weights
 from plumbing.text import Tokenizer
 from plumbing.toy import toy_documents

@@ -1,7 +1,5 @@
 """Files are whole or absent, and named where damaged. Run: python -m pytest tests/test_files.py"""
 
-from plumbing.config import InputError
-
 import os
 import resource
 from functools import partial
@@ -13,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Probe
+from plumbing.config import InputError
 from plumbing.data import Data
 from plumbing.files import (
     load_checkpoint,

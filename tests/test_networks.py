@@ -106,8 +106,15 @@ def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, soft_fir
 
 def test_without_a_prefix_all_the_room_is_for_the_text():
     gpt = GPT(GPTConfig(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16))
-    (row,) = gpt.generate([[]], 28, GREEDY, soft_prompt=torch.randn(1, 4, 16))
-    assert len(row) == 28
+    (row,) = gpt.generate([[]], 27, GREEDY, soft_prompt=torch.randn(1, 4, 16))
+    assert len(row) == 27
+
+
+def test_of_a_prefix_that_is_too_long_the_end_is_read():
+    gpt = GPT(GPTConfig(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16))
+    soft, end = torch.randn(1, 4, 16), torch.arange(18).remainder(8).tolist()
+    (long,), (short,) = (gpt.generate([p], 10, GREEDY, soft_prompt=soft) for p in ([3] * 50 + end, end))
+    assert long == short
 
 
 def test_generation_stops_before_the_stop_token(pair):

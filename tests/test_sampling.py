@@ -1,7 +1,5 @@
 """The samplers and guidance against closed forms. Run: python -m pytest tests/test_sampling.py"""
 
-from plumbing.config import InputError
-
 import math
 
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 import eval as evaluation
 import sample as sampling_script
 from model import Covariance, Probe, Sampling, alpha_sigma, predict, sample
+from plumbing.config import InputError
 from plumbing.guides import parse_guide
 
 

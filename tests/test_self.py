@@ -62,7 +62,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(writers, tmp_path):
 
     with pytest.raises(SystemExit):
         run_here(writers, command, SHARD=64, join=stop)
-    parts = sorted((writers / "data/self/parts").glob("*.npz"))
+    parts = sorted((writers / "data/self/parts").rglob("*.npz"))
     assert len(parts) > 1
     parts[-1].unlink()
     run_here(writers, command, SHARD=64)

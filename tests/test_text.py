@@ -101,6 +101,6 @@ def test_several_paths_take_turns(tmp_path, monkeypatch):
     for path, texts in {"a.txt": ["a0", "a1"], "b/0.txt": ["b0", "b1", "b2"], "b/1.txt": ["b3"]}.items():
         (tmp_path / path).write_text("\n\n".join(texts))
     monkeypatch.setattr(prepare, "dataset", "a.txt,b")
-    texts, hashes = prepare.documents("data/a+b")
+    texts, hashes = prepare.documents()
     assert [text.strip() for text in texts] == ["a0", "b0", "a1", "b1", "b2", "b3"]
     assert len(set(hashes)) == 3
