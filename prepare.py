@@ -149,8 +149,9 @@ def choose_tokenizer():
         ranks = read_ranks(tokenizer)
     else:
         ranks, _, pattern = read_bpe(tokenizer)
-    kept = vocab_size - 1 if vocab_size else len(ranks)  # <|endoftext|> comes on top
-    return {token: rank for token, rank in ranks.items() if rank < kept}, pattern
+    size = vocab_size or len(ranks) + 1
+    check(256 < size <= len(ranks) + 1, f"--vocab_size={size}: {tokenizer} has {len(ranks) + 1}")
+    return {token: rank for token, rank in ranks.items() if rank < size - 1}, pattern
 
 
 class Boundaries(NamedTuple):
@@ -275,7 +276,9 @@ def join(folder, parts):
 def main(settings):
     if grade:
         return print_grades(grade)
-    check_positive(settings, "block_size", "splits", "max_documents", "val_every")
+    check(2 <= block_size <= 65535, f"block_size={block_size}: must be from 2 to 65535")
+    check(val_every >= 2, "--val_every must be at least 2")
+    check_positive(settings, "splits", "max_documents")
     endless = {"toy", "self"} & set(dataset.split(",")) and max_documents == 10_000_000
     check(not endless, f"{dataset} has no end: say --max_documents, or a config file such as config/toy.py")
     folder = f"data/{data_name(dataset)}"

@@ -78,6 +78,8 @@ def main(settings):
     out_dir = out_dir or f"out/{data.meta['name']}"
     check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
     check_positive(settings, "learning_rate", "grad_clip")
+    for key in ("null_probability", "ema_decay"):
+        check(0 <= settings[key] <= 1, f"{key}={settings[key]}: must be from 0 to 1")
     rank, world_size = join_processes(device, batch_size)
     check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)

@@ -196,6 +196,7 @@ BAD = [
     (f"prepare.py --dataset=no_text.jsonl {MINI}", 'no_text.jsonl, line 2: no field "text"'),
     (f"prepare.py --dataset=not_json.jsonl {MINI}", "not_json.jsonl as JSON lines, after line 2"),
     ("prepare.py --dataset=blank.txt --tokenizer=bad.tiktoken", "bad.tiktoken is not a tokenizer"),
+    (f"prepare.py --dataset=blank.txt {MINI[:-3]}9999", "--vocab_size=9999"),
     (f"prepare.py {TOY} --block_size=20", "made with other block_size"),
     ("probes.py", "say --data"),
     ("probes.py --data=mystery", "sentiment, toxicity, topic"),
@@ -210,6 +211,7 @@ BAD = [
     (f"train_decoder.py {TOY} --n_embd=192", "made with another architecture"),
     (f"train_diffusion.py {TOY} --muon=0.02", "made with another optimizer"),
     ("train_diffusion.py config/toy.py --out_dir=out/x --width=100", "must be a multiple of 64"),
+    ("train_diffusion.py config/toy.py --out_dir=out/x --null_probability=2", "must be from 0 to 1"),
 ]
 
 
