@@ -40,18 +40,21 @@ train_diffusion = {
 eval = {
     "judge_lm": "smollm2",
     "judges": "vader,pretrained/english/judges/sentiment.npz,pretrained/english/judges/topic.npz",
-    "num_texts": 256,
+    "num_texts": 1000,
     "prefix_tokens": 20,
-    "cfg_scales": "1,1.5,2.5,5",
+    "cfg_scales": "1,2.5,5",
+    "plain_temperatures": "0.7,0.85,1",
     "prompts": "The movie was|This film is about|I watched it with|The story|The director|Last night we"
     "|The acting in this|When I first heard about|The main character|In the beginning,|My friends and I"
     "|The film opens with|The plot|After an hour|The soundtrack|We rented this|The ending|This is a|The book"
     "|I thought",
-    "num_samples": 10,
+    "num_samples": 2,
     "control_tokens": 32,
     "attributes": "negative,positive,sports",
     "guidance_weights": "20,40,80,160",
+    "best_of": "10",
+    "vector_layer": 3,
     "pairs": "negative+sports,positive+sports",
     "lengths": "8,16,32,60",
-    "seeds": 3,
+    "seeds": 5,
 }

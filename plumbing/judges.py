@@ -77,13 +77,13 @@ def load_judge(name, device, batch_size):
 
 
 def scores(judges, label, texts):
-    """{judge: p(label) of each text (N,)}, by all judges that know the label or its opposite."""
-    out = {}
+    """{judge: p(label) of each text (N,)}, 0 if empty, by all judges that know the label or its opposite."""
+    out, empty = {}, [not text.strip() for text in texts]
     for name, (classes, score) in judges.items():
         known = label if label in classes else OPPOSITE.get(label)
         if known in classes:
             p = score(texts)[:, classes.index(known)]
-            out[os.path.basename(name)] = p if known == label else 1 - p
+            out[os.path.basename(name)] = np.where(empty, 0.0, p if known == label else 1 - p)
     return out
 
 
@@ -92,8 +92,10 @@ class LanguageModel:
 
     def __init__(self, name, device):
         self.tokenizer = load_tokenizer(name)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        self.first = eos if bos is None else bos  # something must precede the first token
+        tokens = self.tokenizer
+        between = tokens.get_vocab().get("<|endoftext|>")  # documents; bos may open a turn of a chat
+        known = (i for i in (between, tokens.bos_token_id, tokens.eos_token_id) if i is not None)
+        self.first = next(known)  # something must precede the first token
         self.model, self.device = load_whole(name, gguf_path(name) or name).to(device).eval(), device
 
     @torch.no_grad()

@@ -38,10 +38,11 @@ class Results:
         """{row: {figure: (mean, half of its 95 % interval)}}, over seeds (Student's t)."""
         out = {}
         for row in dict.fromkeys(line["row"] for line in self.lines):
-            each = [line["figures"] for line in self.lines if line["row"] == row]
-            x, n = {name: np.array([figures[name] for figures in each]) for name in each[0]}, len(each)
-            wide = student_t.ppf(0.975, n - 1) / n**0.5 if n > 1 else 0.0
-            out[row] = {name: (v.mean(), wide * v.std(ddof=min(1, n - 1))) for name, v in x.items()}
+            each, out[row] = [line["figures"] for line in self.lines if line["row"] == row], {}
+            for name in dict.fromkeys(name for figures in each for name in figures):
+                x = np.array([figures[name] for figures in each if name in figures])
+                wide = student_t.ppf(0.975, len(x) - 1) / len(x) ** 0.5 if len(x) > 1 else 0.0
+                out[row][name] = x.mean(), wide * x.std(ddof=min(1, len(x) - 1))
         return out
 
 

@@ -24,7 +24,8 @@ import eval as evaluation
 from model import DGLM, GPT, GPTConfig, Probe, Sampling
 from peers import best_of_n, by_vectors, dexperts_logits, prompting, steering_vectors
 from plumbing.decoding import Reader, decode
-from plumbing.judges import LanguageModel, fit_judge, read_judge
+from plumbing.judges import LanguageModel, fit_judge, read_judge, scores
+from plumbing.results import Results
 from plumbing.toy import toy_documents
 
 SIZES = """
@@ -102,6 +103,7 @@ def judge_lm(tmp_path_factory):
     letters = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<|endoftext|>": 95}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special["bos_token"] = "~"  # which does not come between documents
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # as an instruct model has
     fast.save_pretrained(folder)
@@ -132,6 +134,22 @@ def test_prompting_continues_each_prefix_whatever_the_others_are(judge_lm):
     prefixes = ["It", "A long walk by the sea", "Our"]
     together = prompting(lm, prefixes, ["sad"], 8, greedy)
     assert together == [prompting(lm, [prefix], ["sad"], 8, greedy)[0] for prefix in prefixes]
+
+
+def test_an_empty_text_has_no_class():
+    judges = {"mood.npz": (["bad", "good"], lambda texts: np.full((len(texts), 2), 0.5))}
+    for label in ("bad", "good", "other"):
+        found = scores(judges, label, ["A day", " ", ""]).values()
+        assert [each.tolist() for each in found] == [[0.5, 0, 0]] * (label != "other")
+
+
+def test_a_figure_that_some_seeds_lack_is_a_mean_over_the_rest(tmp_path):
+    """Such as the thirds of texts that all turn out short."""
+    book = Results(f"{tmp_path}/control.jsonl", {}, range(3))
+    for seed, figures in enumerate(({"share": 1}, {"share": 0, "third 1": 0.5}, {"share": 1})):
+        book.add("row", seed, figures, [])
+    assert book.table()["row"]["third 1"] == (0.5, 0)
+    assert book.table()["row"]["share"][0] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("moods", [["bad", "good"], ["bad", "good", "odd"]])
