@@ -54,6 +54,7 @@ eval = {
     "guidance_weights": "20,40,80,160",
     "best_of": "10",
     "vector_layer": 3,
+    "vector_weights": "1,2,4,8",
     "pairs": "negative+sports,positive+sports",
     "lengths": "8,16,32,60",
     "seeds": 5,

@@ -27,9 +27,9 @@ POSITIVE = (
 def test_the_readmes_first_command_writes_a_text(tmp_path):
     """Of the scripts and the box, without a hub."""
     shutil.copytree(BOX, copy_scripts(tmp_path) / "pretrained/reviews")
-    command = ["sample.py", "--prefix", "This film", "--guide", "negative"]
+    command = ["sample.py", "--prefix", "The plot", "--guide", "negative"]
     text = python(command, tmp_path, HF_HUB_OFFLINE="1")
-    assert text.startswith("This film ") and len(text.split()) > 5
+    assert text.startswith("The plot ") and len(text.split()) > 5
 
 
 def test_the_two_sentiments_read_differently():
