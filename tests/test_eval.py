@@ -210,7 +210,7 @@ def test_dexperts_adds_the_difference_of_expert_and_anti_expert(a, top_k):
 @torch.no_grad()
 def test_a_steering_vector_is_a_difference_of_means_and_shifts_the_hidden_states(project):
     model = DGLM(f"{project}/out/toy")
-    gpt, bpe = model.decoder.gpt, model.tokenizer
+    gpt, bpe = model.decoder.gpt.float(), model.tokenizer
     texts = ["The food was awful.", "A bad film", "We loved the hotel and the beach.", "Great", "Not sure"]
     labels = ["negative", "negative", "positive", "positive", "neutral"]
     vectors = steering_vectors(model, texts, labels, layer=0)
