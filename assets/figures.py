@@ -153,7 +153,7 @@ def guidance():
 
 def watch():
     """One sentence through the sampler under two guides: what sample.py --watch prints, and the text."""
-    start, likeliest, steps = "This film", nano.Sampling(temperature=0), []
+    start, likeliest, steps = "The plot", nano.Sampling(temperature=0), []
     frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 2, figsize=(11.4, 4.2), width_ratios=(1, 9), subplot_kw=frame)
     for (ax, ax_words), guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
@@ -225,11 +225,11 @@ def little_data():
     }
     _, ax = plt.subplots(figsize=(8, 3.2))
     for (name, draws), colour in zip(shares.items(), COLOURS):
-        draws = torch.tensor(draws)
+        draws = torch.tensor(draws, dtype=torch.float)
         ax.plot(rows, draws.mean(1), "o-", color=colour, label=name)
         ax.fill_between(rows, draws.amin(1), draws.amax(1), color=colour, alpha=0.2, lw=0)
     ax.set(xscale="log", xticks=rows, xticklabels=rows, ylim=(0, 100), xlabel="labelled rows")
-    ax.set_title("Share of texts with the attribute, in %")
+    ax.set_title("Share of texts with the attribute, by other judges, in % (mean and range of three draws)")
     ax.legend(loc="lower right")
 
 
