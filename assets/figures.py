@@ -153,7 +153,7 @@ def guidance():
 
 def watch():
     """One sentence through the sampler under two guides: what sample.py --watch prints, and the text."""
-    start, likeliest, steps = "The plot", nano.Sampling(temperature=0), []
+    start, likeliest, steps = "This film", nano.Sampling(temperature=0), []
     frame = {"xlim": (0, 1.4), "ylim": (4.5, -0.6), "xticks": [], "yticks": [], "frame_on": False}
     _, axes = plt.subplots(2, 2, figsize=(11.4, 4.2), width_ratios=(1, 9), subplot_kw=frame)
     for (ax, ax_words), guide, colour in zip(axes, ("negative", "positive"), (ORANGE, BLUE)):
