@@ -310,7 +310,7 @@ def timed(f):
 def parts_of(model, batch, count, run_seed, sampling):
     """{part: a function that does it}, for a batch of one prompt and `count` new tokens."""
     rng, device = generator_at(model.device, run_seed), model.device
-    prefix, label, empty = prompts.split("|")[0], items(attributes)[0], [""] * batch
+    prefix, label, empty = prompts.split("|")[0].strip(), items(attributes)[0], [""] * batch
     tokens, generator = [model.tokenizer.encode_ordinary(prefix)] * batch, model.decoder.generator
     x, alpha2 = torch.zeros(batch, len(model.mean), device=device), torch.ones(batch, device=device)
     soft = {"soft_prompt": generator(x, alpha2), "soft_first": model.decoder.soft_first}

@@ -91,11 +91,11 @@ class LanguageModel:
     """A causal language model, the judge of fluency. Raises InputError if it cannot be loaded."""
 
     def __init__(self, name, device):
-        self.tokenizer = load_tokenizer(name)
-        tokens = self.tokenizer
-        between = tokens.get_vocab().get("<|endoftext|>")  # documents; bos may open a turn of a chat
-        known = (i for i in (between, tokens.bos_token_id, tokens.eos_token_id) if i is not None)
-        self.first = next(known)  # something must precede the first token
+        self.tokenizer = tokenizer = load_tokenizer(name)
+        # something must precede the first token: what ends a document, as bos may open a turn of a chat
+        end = tokenizer.get_vocab().get("<|endoftext|>")
+        starts = (end, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.first = next(token for token in starts if token is not None)
         self.model, self.device = load_whole(name, gguf_path(name) or name).to(device).eval(), device
 
     @torch.no_grad()

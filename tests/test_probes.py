@@ -50,6 +50,14 @@ def test_the_weight_is_the_one_with_the_most_control(case, monkeypatch, capsys):
     assert said == (case == "never reached")
 
 
+def test_a_chosen_penalty_is_as_strong_on_half_of_the_rows(monkeypatch):
+    """As on nine tenths: C multiplies a sum over rows, so a probe of fewer rows needs a larger one."""
+    monkeypatch.setattr(probes, "inverse_penalty", 3.0)
+    e, labels = np.random.default_rng(0).standard_normal((40, 4)), ["no", "yes"] * 20
+    nine, five = (probes.fit(np.tile(e, (n, 1)), labels * n, False, surer) for n, surer in ((9, 1), (5, 1.8)))
+    torch.testing.assert_close(nine.coef, five.coef, atol=1e-3, rtol=1e-3)
+
+
 def test_a_text_counts_once(tmp_path):
     path = tmp_path / "mood.jsonl"
     rows = [(f"day {i % 12}", "good" if i % 12 < 6 else "bad") for i in range(40)]
