@@ -63,6 +63,12 @@ class Tokenizer(tiktoken.Encoding):
         words = self.word_starts(tokens, begin) if begin else []
         return tokens[words[0] if words else begin :]
 
+    def last_sentence(self, tokens):
+        """The end of a list of tokens, from the last sentence on that has three, or all of it."""
+        spelt = self.decode_single_token_bytes
+        begins = [at for at in self.word_starts(tokens, 1) if set(spelt(tokens[at - 1])) & set(b".!?")]
+        return tokens[max((at for at in begins if at <= len(tokens) - 3), default=0) :]
+
 
 class Encoder:
     """A sentence-transformers model by name or folder: encoder(texts) -> (N, E) float32, rows of length 1.

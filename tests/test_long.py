@@ -33,6 +33,38 @@ def test_each_part_has_a_proposal_conditioned_on_the_text_so_far(model):
         assert prefix in whole and not whole.partition(prefix)[2][:1].isalnum()  # it ends at a word
 
 
+def test_later_parts_know_the_last_sentence_only(model, monkeypatch):
+    """Diffusion and decoder alike: the more the decoder has read, the less it follows a new proposal."""
+    read, write_part = [], model.decoder.write
+
+    def watch(prompts, *rest):
+        read.append(model.tokenizer.decode(prompts[0]))
+        return write_part(prompts, *rest)
+
+    monkeypatch.setattr(model.decoder, "write", watch)
+    prefix = "It rained. The food was"
+    _, seen = write(model, [prefix], max_new_tokens=60, proposal_tokens=12, may_end=False)
+    assert [text.strip() for text in read] == [known for (known,) in seen]
+    assert read[0] == prefix and len(read) >= 4
+    for text in read[1:]:
+        assert not re.search(r"[.!?]\s\S+\s\S+\s\S", text)  # no sentence ends before the last three words
+
+
+@pytest.mark.parametrize(
+    "text, last",
+    [
+        ("The food was good", "The food was good"),
+        ("It rained. The food was", " The food was"),
+        ("It rained! The", "It rained! The"),  # hardly begun
+        ("We left. It rained. The", " It rained. The"),
+        ("", ""),
+    ],
+)
+def test_the_last_sentence_has_three_tokens(model, text, last):
+    bpe = model.tokenizer
+    assert bpe.decode(bpe.last_sentence(bpe.encode_ordinary(text))) == last
+
+
 def test_a_text_of_one_part_is_what_its_proposal_makes_of_it(model):
     """However long the next parts could have been."""
     options = {"max_new_tokens": 12, "num_samples": 3, "may_end": False}
