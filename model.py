@@ -714,9 +714,8 @@ class DGLM:
         return self.tokenizer.texts(rows)
 
     def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
-        """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own -> pairs
-        (text, mean of its proposals (E,)). From the second part on, diffusion and decoder only know the
-        text's last sentence.
+        """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, which is
+        conditioned on the text so far -> pairs (text, mean of its proposals (E,)).
         """
         prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
         proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
@@ -728,7 +727,7 @@ class DGLM:
             read = [prompts[i] + new[i] for i in unfinished]
             known = [self.tokenizer.last_words(tokens, self.data["block_size"]) for tokens in read]
             if any(earlier):  # the more the decoder reads, the less it follows a proposal
-                read = known = [self.tokenizer.last_sentence(tokens) for tokens in known]
+                read = [self.tokenizer.last_sentence(tokens) for tokens in known]
             known = [text.strip() for text in self.tokenizer.texts(known)]
             e = self.propose(known, guide, sampling, rng, on_step)
             rows = self.decoder.write(read, self.standardise(e), count, sampling, rng, earlier)
