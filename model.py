@@ -714,8 +714,8 @@ class DGLM:
         return self.tokenizer.texts(rows)
 
     def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
-        """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, which is
-        conditioned on the text so far -> pairs (text, mean of its proposals (E,)).
+        """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, conditioned
+        on the text so far -> pairs (text, mean of its proposals (E,)). The decoder rereads the last sentence.
         """
         prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
         proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))

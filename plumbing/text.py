@@ -64,7 +64,7 @@ class Tokenizer(tiktoken.Encoding):
         return tokens[words[0] if words else begin :]
 
     def last_sentence(self, tokens):
-        """The end of a list of tokens, from the last sentence on that has three, or all of it."""
+        """The end of a list of tokens, from the last sentence on that has at least three; all if none has."""
         spelt = self.decode_single_token_bytes
         begins = [at for at in self.word_starts(tokens, 1) if set(spelt(tokens[at - 1])) & set(b".!?")]
         return tokens[max((at for at in begins if at <= len(tokens) - 3), default=0) :]
