@@ -23,6 +23,7 @@ import glob
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -31,12 +32,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.config import check, check_positive, reported_as
-from plumbing.decoders import read_pretrained, source_sha256
-from plumbing.decoding import Reader, decode, insert
-from plumbing.devices import autocast, pick_device, precision
-from plumbing.files import load_weights, model_folder
-from plumbing.guides import parse_guide
+from plumbing.autoregression import Reader, draw_tokens
+from plumbing.convert import read_pretrained, source_sha256
+from plumbing.devices import attend, autocast, normal, pick_device, precision, rng_at
+from plumbing.errors import check, check_range, reported_as
+from plumbing.files import load_weights, model_folder, write_file
 from plumbing.text import GPT2_PATTERN, Encoder, Tokenizer, clean, read_ranks
 
 # ---------- The diffusion mathematics: log_snr (B,), alpha and sigma (B, 1), to multiply (B, E) -------------
@@ -51,7 +51,9 @@ def cosine_log_snr(t, scale=1.0):
 
 def alpha_sigma(log_snr):
     """(B,) -> alpha, sigma, each (B, 1)."""
-    return log_snr.sigmoid().sqrt()[..., None], (-log_snr).sigmoid().sqrt()[..., None]
+    alpha = log_snr.sigmoid().sqrt()
+    sigma = (-log_snr).sigmoid().sqrt()
+    return alpha[..., None], sigma[..., None]
 
 
 def diffuse(x, eps, log_snr):
@@ -69,7 +71,9 @@ def velocity(x, eps, log_snr):
 def x_and_eps(z_t, v, log_snr):
     """The inverse: x = alpha z_t - sigma v and eps = sigma z_t + alpha v."""
     alpha, sigma = alpha_sigma(log_snr)
-    return alpha * z_t - sigma * v, sigma * z_t + alpha * v
+    x = alpha * z_t - sigma * v
+    eps = sigma * z_t + alpha * v
+    return x, eps
 
 
 def loss_weight(log_snr):
@@ -90,10 +94,10 @@ class NoiseBins(nn.Module):
         super().__init__()
         self.register_buffer("value", torch.ones(100))
 
-    def sample(self, n, rng=None):
-        """-> log_snr (n,) and the values of their bins (n,)."""
-        index = torch.multinomial(self.value, n, replacement=True, generator=rng)
-        within = torch.rand(n, generator=rng, device=self.value.device)
+    def sample(self, B, rng=None):
+        """-> log_snr (B,) and the values of their bins (B,)."""
+        index = torch.multinomial(self.value, B, replacement=True, generator=rng)
+        within = torch.rand(B, generator=rng, device=self.value.device)
         log_snr = ((index + within) / len(self.value) - 0.5) * (2 * MAX_LOG_SNR)
         return log_snr, self.value[index]
 
@@ -139,17 +143,6 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
 
 
-def attend(q, k, v, mask=None, causal=False):
-    """q (B, heads, T, head), k and v (B, heads, S, head), mask (B, 1, T, S), True where q looks -> like q."""
-    if v.dtype != torch.bfloat16 or not v.is_cpu or mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # on a CPU in bf16 the fused kernel is slower than this formula, and its gradient takes four times as long
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if causal:
-        scores += torch.full(scores.shape[-2:], -math.inf, dtype=v.dtype).triu(1)
-    return scores.softmax(-1).type_as(v) @ v
-
-
 class Block(nn.Module):
     """Attention and a gated feed-forward, each on an input that is normalised, then modulated by the time.
 
@@ -159,11 +152,16 @@ class Block(nn.Module):
     def __init__(self, d):
         super().__init__()
         hidden = int(d * 4 * 2 / 3)
-        self.norm_1, self.time_1 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
-        self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(HEAD), RMSNorm(HEAD)
-        self.norm_2, self.time_2 = RMSNorm(d), nn.Linear(d // 2, 2 * d)
-        self.ff_in, self.ff_out = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
+        self.norm_1 = RMSNorm(d)
+        self.time_1 = nn.Linear(d // 2, 2 * d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.proj = nn.Linear(d, d, bias=False)
+        self.q_norm = RMSNorm(HEAD)
+        self.k_norm = RMSNorm(HEAD)
+        self.norm_2 = RMSNorm(d)
+        self.time_2 = nn.Linear(d // 2, 2 * d)
+        self.ff_in = nn.Linear(d, 2 * hidden)
+        self.ff_out = nn.Linear(hidden, d)
         for linear in (self.time_1, self.time_2):  # starts as if there were no conditioning
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -172,11 +170,13 @@ class Block(nn.Module):
         B, T, d = h.shape
         qkv = self.qkv(modulate(self.norm_1(h), self.time_1(time)))
         q, k, v = (part.view(B, T, -1, HEAD) for part in qkv.chunk(3, dim=-1))
-        q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        q = self.q_norm(q).type_as(v)
+        k = self.k_norm(k).type_as(v)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, T, HEAD)
         h = h + self.proj(y.transpose(1, 2).reshape(B, T, d))
-        a, g = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
-        return h + self.ff_out(a * F.silu(g))
+
+        a, gate = self.ff_in(modulate(self.norm_2(h), self.time_2(time))).chunk(2, dim=-1)
+        return h + self.ff_out(a * F.silu(gate))
 
 
 class Transformer(nn.Module):
@@ -184,16 +184,17 @@ class Transformer(nn.Module):
 
     def __init__(self, d, n, length, skips=False):
         super().__init__()
-        check(d > 0 and d % HEAD == 0, f"the width {d} must be a multiple of {HEAD}")
         self.time = TimeEmbedding(d)
         self.positions = nn.Parameter(torch.randn(length, d))
         self.blocks = nn.ModuleList(Block(d) for _ in range(n))
-        self.skips = nn.ModuleList(nn.Linear(2 * d, d) for _ in range(n // 2 if skips else 0))
+        count = n // 2 if skips else 0
+        self.skips = nn.ModuleList(nn.Linear(2 * d, d) for _ in range(count))
         self.norm = RMSNorm(d)
 
     def forward(self, h, alpha2):
         time = F.silu(self.time(alpha2))
-        h, stored = h + self.positions * h.shape[-1] ** -0.5, []
+        h = h + self.positions * h.shape[-1] ** -0.5
+        stored = []  # inputs of early blocks; the last one goes to the first late block
         for i, block in enumerate(self.blocks):
             if i < len(self.skips):
                 stored.append(h)
@@ -208,8 +209,12 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, E=768, n_embd=1280, d=768, n=6, K=8, frozen=False):
         super().__init__()
+        check(
+            4 * E % K == 0, f"soft_tokens={K}: must be a divisor of {4 * E}, four times an embedding's width"
+        )
         self.K = K
-        self.widen, self.inp = nn.Linear(E, 4 * E), nn.Linear(4 * E // K, d)
+        self.widen = nn.Linear(E, 4 * E)
+        self.inp = nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
         # a frozen decoder may never end a text: this is added to its output row of <|endoftext|>
@@ -228,13 +233,17 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, E=768, d=768, n=12, M=64):
         super().__init__()
+        check(4 * E % M == 0, f"diffusion_tokens={M}: must divide {4 * E}, four times an embedding's width")
         self.M = M
         self.null = nn.Parameter(torch.randn(E))
-        self.widen_z, self.inp_z = nn.Linear(E, 8 * E), nn.Linear(8 * E // M, d // 2)
-        self.widen_pref, self.inp_pref = nn.Linear(E, 4 * E), nn.Linear(4 * E // M, d // 2)
+        self.widen_z = nn.Linear(E, 8 * E)
+        self.inp_z = nn.Linear(8 * E // M, d // 2)
+        self.widen_pref = nn.Linear(E, 4 * E)
+        self.inp_pref = nn.Linear(4 * E // M, d // 2)
         self.join = nn.Linear(d, d)
         self.transformer = Transformer(d, n, M, skips=True)
-        self.out, self.narrow = nn.Linear(d, 8 * E // M), nn.Linear(8 * E, E)
+        self.out = nn.Linear(d, 8 * E // M)
+        self.narrow = nn.Linear(8 * E, E)
 
     def forward(self, z_t, x_pref, alpha2, no_prefix):
         B = len(z_t)
@@ -284,9 +293,12 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check(config.n_embd % config.n_head == 0, f"n_embd={config.n_embd}: not a multiple of n_head")
-        self.n_kv_head, gpt2 = config.n_kv_head or config.n_head, not config.rope_theta
-        self.head, self.groups = config.n_embd // config.n_head, config.n_head // self.n_kv_head
+        width = f"n_embd={config.n_embd}"
+        check(config.n_embd % config.n_head == 0, f"{width}: must be a multiple of n_head={config.n_head}")
+        gpt2 = not config.rope_theta
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head = config.n_embd // config.n_head  # width of a head
+        self.groups = config.n_head // self.n_kv_head  # heads of queries to one of keys
         self.sizes = [config.n_embd, self.n_kv_head * self.head, self.n_kv_head * self.head]  # of q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=gpt2)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=gpt2)
@@ -296,7 +308,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(h).split(self.sizes, dim=-1)
         q, k, v = (part.view(B, T, -1, self.head).transpose(1, 2) for part in qkv)
         if rotation:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            cos, sin = rotation
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
         if kv is not None:  # the cache (2, B, n_kv_head, longest, head): write T columns, read all so far
             kv[:, :, :, filled - T : filled] = torch.stack((k, v))
             k, v = kv[:, :, :, :filled]
@@ -314,8 +328,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gated, hidden = config.rope_theta > 0, config.n_hidden or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, hidden * (1 + self.gated), bias=not self.gated)
+        self.gated = config.rope_theta > 0
+        hidden = config.n_hidden or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if self.gated else hidden, bias=not self.gated)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=not self.gated)
 
     def forward(self, h):
@@ -329,8 +344,10 @@ class GPTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         norm = nn.RMSNorm if config.rope_theta else nn.LayerNorm
-        self.ln_1, self.attn = norm(config.n_embd, config.norm_eps), CausalSelfAttention(config)
-        self.ln_2, self.mlp = norm(config.n_embd, config.norm_eps), MLP(config)
+        self.ln_1 = norm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = norm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, h, rotation, mask, kv, filled):
         h = h + self.attn(self.ln_1(h), rotation, mask, kv, filled)
@@ -343,17 +360,22 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        V, P, C = config.vocab_size, config.n_positions, config.n_embd
+        V = config.vocab_size
+        P = config.n_positions
+        C = config.n_embd
         self.wte = nn.Embedding(V, C, _weight=torch.empty(V, C))  # initialised below
         if not config.rope_theta:
             self.wpe = nn.Embedding(P, C, _weight=torch.empty(P, C))
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
-        self.ln_f = (nn.RMSNorm if config.rope_theta else nn.LayerNorm)(config.n_embd, config.norm_eps)
+        norm = nn.RMSNorm if config.rope_theta else nn.LayerNorm
+        self.ln_f = norm(C, config.norm_eps)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(C, V, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2 and not p.is_meta:  # on the meta device even this no-op takes two seconds
-                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                std = 0.02
+                if name.endswith("c_proj.weight"):  # the residual stream sums 2 n_layer of these
+                    std /= math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -378,28 +400,52 @@ class GPT(nn.Module):
         columns end with these T. keep: (B, T) bool, where logits are wanted; they come as (n, vocab_size).
         eot_row: (n_embd,), added to the output layer's row of <|endoftext|>.
         """
-        config, rotation = self.config, None
+        config = self.config
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
+        rotation = None
         if config.rope_theta:
             rotation = rotary(positions, config.n_embd // config.n_head, config.rope_theta)
         else:
             h = h + self.wpe(positions)
+
         for i, block in enumerate(self.h):
-            h = block(h, rotation, mask, None if cache is None else cache[i], filled)
-        h = self.ln_f(h if keep is None else h[keep])
-        logits = F.linear(h, self.wte.weight if config.tied else self.lm_head.weight)
+            kv = None if cache is None else cache[i]
+            h = block(h, rotation, mask, kv, filled)
+        if keep is not None:
+            h = h[keep]
+        h = self.ln_f(h)
+
+        head = self.wte if config.tied else self.lm_head
+        logits = F.linear(h, head.weight)
         if eot_row is not None:
             logits[..., -1] += h @ eot_row.to(h)
         return logits
 
     def generate(self, prompts, max_new_tokens, sampling, stop=None, rng=None, earlier=(), **soft):
-        """Continues lists of tokens -> the new tokens of each. earlier: see `decode`. soft: `Reader`."""
+        """Continues lists of tokens -> the new tokens of each. See `draw_tokens`, and for soft `Reader`."""
         reader = Reader(self, prompts, max_new_tokens, **soft)
-        return decode(reader, max_new_tokens, sampling, stop, rng, earlier)
+        return draw_tokens(reader, max_new_tokens, sampling, stop, rng, earlier)
 
 
 # ---------- Stage 1's model ---------------------------------------------------------------------------------
+
+
+def insert(rows, block, at):
+    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i].
+
+    [a b c] and [s s] at 2 -> [a b s s c].
+    """
+    T = rows.shape[1]
+    K = block.shape[1]
+    column = torch.arange(T + K, device=rows.device)
+    at = at[:, None]
+    # where each element comes from, in rows followed by block
+    source = torch.where(column < at + K, T + column - at, column - K)
+    source = torch.where(column < at, column, source)
+    rest = rows.shape[2:]
+    source = source.view(*source.shape, *[1 for _ in rest]).expand(-1, -1, *rest)
+    return torch.cat((rows, block), dim=1).gather(1, source)
 
 
 class Decoder(nn.Module):
@@ -411,26 +457,26 @@ class Decoder(nn.Module):
 
     def __init__(self, gpt, generator):
         super().__init__()
-        self.gpt, self.generator = gpt, generator
+        self.gpt = gpt
+        self.generator = generator
         self.soft_first = generator.eot_row is not None
 
-    def forward(self, tokens, length, split, z, alpha2, continuation_only=False, words_only=False):
+    def forward(self, tokens, length, split, z, alpha2, continuation_only=False):
         """Mean cross-entropy of the real tokens -> scalar, nats a token.
 
         tokens: (B, T + 1). length: (B,) tokens of each window, T at most; the one that follows it is a target
         too. split: (B,) tokens of its prefix. z: (B, E) an embedding, standardised and noisy. alpha2: (B,).
-        The prefix carries loss unless the soft tokens come first, or continuation_only. With words_only, the
-        loss is `name_words`. With z None, <|endoftext|> replaces the soft tokens: the plain decoder.
+        The prefix carries loss unless the soft tokens come first, or continuation_only. With z None,
+        <|endoftext|> replaces the soft tokens: the plain decoder.
         """
         if z is None:
             soft_prompt = self.gpt.wte.weight[-1].expand(len(tokens), 1, -1)
         else:
             soft_prompt = self.generator(z, alpha2)
-        if words_only:
-            return self.name_words(tokens, length, split, soft_prompt)
         h = self.gpt.wte(tokens)
         at = torch.zeros_like(split) if self.soft_first else split
         h = insert(h, soft_prompt.to(h), at)  # (B, T + 1 + K, n_embd)
+
         ignore = -100  # the target of positions without loss
         column = torch.arange(tokens.shape[1], device=tokens.device)
         ignored = column > length[:, None]
@@ -439,21 +485,10 @@ class Decoder(nn.Module):
         # soft tokens are never targets; the last one predicts the first token of the continuation
         no_target = tokens.new_full(soft_prompt.shape[:2], ignore)
         targets = insert(tokens.masked_fill(ignored, ignore), no_target, at)[:, 1:]
+
         keep = targets != ignore  # logits are a third of a small decoder's work: only those with a target
         logits = self.gpt(h[:, :-1], keep=keep, eot_row=self.generator.eot_row)
         return F.cross_entropy(logits.float(), targets[keep])
-
-    def name_words(self, tokens, length, split, soft_prompt):
-        """Mean cross-entropy of the continuations' tokens, as if each soft token named some -> scalar, nats.
-
-        A token w has probability mean_k softmax_w(e_w . s_k + log count_w) among all tokens of the batch's
-        continuations, which contain it count_w times; e_w is its embedding.
-        """
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        row, at = torch.where((column >= split[:, None]) & (column < length[:, None]))
-        words, index, count = tokens[row, at].unique(return_inverse=True, return_counts=True)
-        log_p = (soft_prompt @ self.gpt.wte.weight[words].T + count.log()).log_softmax(-1)  # (B, K, words)
-        return -(log_p.logsumexp(1)[row, index] - math.log(soft_prompt.shape[1])).mean()
 
     @torch.no_grad()
     def write(self, prompts, x, max_new_tokens, sampling, rng=None, earlier=()):
@@ -461,14 +496,32 @@ class Decoder(nn.Module):
         which end before <|endoftext|>. earlier: tokens of each text that the repetition penalty covers too.
         """
         log_snr = torch.full((len(x),), 1 - sampling.sigma2, device=x.device).logit()
-        z = diffuse(x, torch.randn(x.shape, generator=rng, device=x.device), log_snr)
-        soft = {"soft_prompt": self.generator(z, log_snr.sigmoid()), "soft_first": self.soft_first}
-        soft["eot_row"] = self.generator.eot_row
-        stop = self.gpt.config.vocab_size - 1
-        return self.gpt.generate(prompts, max_new_tokens, sampling, stop, rng, earlier, **soft)
+        eps = normal(rng, x.shape, x.device)
+        z = diffuse(x, eps, log_snr)
+        return self.gpt.generate(
+            prompts,
+            max_new_tokens,
+            sampling,
+            stop=self.gpt.config.vocab_size - 1,
+            rng=rng,
+            earlier=earlier,
+            soft_prompt=self.generator(z, log_snr.sigmoid()),
+            soft_first=self.soft_first,
+            eot_row=self.generator.eot_row,
+        )
 
 
 # ---------- Sampling and guidance ---------------------------------------------------------------------------
+
+
+SAMPLING_RANGES = {
+    "steps": "at least 1, at most 1000",
+    "sigma2": "at least 0, at most 1",
+    "temperature": "at least 0",
+    "top_k": "at least 0",
+    "top_p": "above 0, at most 1",
+    "repetition_penalty": "at least 0.01, at most 100",
+}
 
 
 @dataclass(frozen=True)
@@ -487,18 +540,10 @@ class Sampling:
     may_end: bool = True
 
     def __post_init__(self):
-        for key, default in type(self).__dataclass_fields__.items():
-            kind, value = default.type, getattr(self, key)
-            fits = isinstance(value, kind) or kind is float and isinstance(value, int)
-            check(fits, f"{key}={value!r}: must be of the type {kind.__name__}")
-        check(1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000")
+        for name, conditions in SAMPLING_RANGES.items():
+            check_range(name, getattr(self, name), conditions)
         check(self.sampler in ("ddpm", "ddim", "dpm++"), f"sampler={self.sampler}: use ddpm, ddim or dpm++")
         check(self.guide_through in ("network", "estimate"), "guide_through: use network or estimate")
-        check(0 <= self.sigma2 <= 1, f"sigma2={self.sigma2}: must be from 0 (obey it) to 1 (ignore it)")
-        check(0 <= self.temperature < math.inf, f"temperature={self.temperature}: must be 0 or more")
-        check(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
-        check(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, and 1 at most")
-        check(0.01 <= self.repetition_penalty <= 100, "repetition_penalty must be from 0.01 to 100")
 
 
 class Covariance(NamedTuple):
@@ -508,67 +553,83 @@ class Covariance(NamedTuple):
     axes: torch.Tensor
 
 
-def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, guides, covariance, rng, points=32):
+def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, directions, covariance, rng, points=32):
     """The denoiser's x and eps at z_t (B, E), after both kinds of guidance. Arguments: see `sample`."""
     alpha, sigma = alpha_sigma(log_snr)
-    through_network = bool(guides) and sampling.guide_through == "network"
+    through_network = bool(directions) and sampling.guide_through == "network"
     with torch.set_grad_enabled(through_network):
         z_t = z_t.detach().requires_grad_(through_network)
         if sampling.cfg_scale == 1:
             v = denoiser(z_t, x_pref, log_snr.sigmoid(), no_prefix)
-        else:  # classifier-free guidance (Ho & Salimans 2022), both passes in one batch
-            never = torch.ones_like(no_prefix)
-            pair = z_t.repeat(2, 1), x_pref.repeat(2, 1), log_snr.sigmoid().repeat(2)
-            v_cond, v_null = denoiser(*pair, torch.cat((no_prefix, never))).chunk(2)
-            v = sampling.cfg_scale * v_cond + (1 - sampling.cfg_scale) * v_null
-        x, eps = x_and_eps(z_t, v.float(), log_snr)
-    if guides:
-        # p(y | z_t) is the mean of p(y | point) over points drawn from p(x | z_t), a Gaussian around x [LGD].
-        # The gradient of its log goes on from x to z_t either through the network, or as if the data were
-        # N(m, C): then Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is alpha / sigma^2
-        # times that. (The best linear estimate has this error, so for other data, given the prefix, the true
-        # Cov[x | z_t] is no larger on average.)
-        offsets = torch.randn((len(x), points, x.shape[1]), generator=rng, device=x.device)
-        if through_network:
-            offsets *= (sigma / alpha)[:, None]
         else:
-            variance, axes = covariance
-            posterior = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), along the axes
-            offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
-        with torch.enable_grad():
-            at = z_t if through_network else x.requires_grad_()
-            cloud = x[:, None] + offsets  # (B, points, E); log_p lacks the constant log(points)
-            log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in guides)
-            (gradient,) = torch.autograd.grad(log_p.sum(), at)
-        if not through_network:
-            gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T
-        # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
-        x, eps = x + sigma**2 / alpha * gradient, eps - sigma * gradient
+            v = classifier_free(denoiser, z_t, x_pref, log_snr.sigmoid(), no_prefix, sampling.cfg_scale)
+        x, eps = x_and_eps(z_t, v.float(), log_snr)
+    if not directions:
+        return x, eps
+
+    # p(y | z_t) is the mean of p(y | point) over points drawn from p(x | z_t), a Gaussian around x [LGD].
+    # The gradient of its log goes on from x to z_t either through the network, or as if the data were
+    # N(m, C): then Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is alpha / sigma^2
+    # times that. (The best linear estimate has this error, so for other data, given the prefix, the true
+    # Cov[x | z_t] is no larger on average.)
+    offsets = normal(rng, (len(x), points, x.shape[1]), x.device)
+    if through_network:
+        offsets *= (sigma / alpha)[:, None]
+    else:
+        variance, axes = covariance
+        posterior = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), along the axes
+        offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
+    with torch.enable_grad():
+        differentiate_by = z_t if through_network else x.requires_grad_()
+        cloud = x[:, None] + offsets  # (B, points, E)
+        log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in directions)  # + a constant
+        (gradient,) = torch.autograd.grad(log_p.sum(), differentiate_by)
+    if not through_network:
+        gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T
+
+    # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
+    x = x + sigma**2 / alpha * gradient
+    eps = eps - sigma * gradient
     return x.detach(), eps.detach()
 
 
+def classifier_free(denoiser, z_t, x_pref, alpha2, no_prefix, scale):
+    """v = scale v_cond + (1 - scale) v_null (Ho & Salimans 2022), both passes in one batch."""
+    never = torch.ones_like(no_prefix)
+    v = denoiser(z_t.repeat(2, 1), x_pref.repeat(2, 1), alpha2.repeat(2), torch.cat((no_prefix, never)))
+    v_cond, v_null = v.chunk(2)
+    return scale * v_cond + (1 - scale) * v_null
+
+
 @torch.no_grad()
-def sample(denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rng=None, on_step=None):
+def sample(denoiser, x_pref, no_prefix, sampling, directions=(), covariance=None, rng=None, on_step=None):
     """Draws continuation embeddings -> x (B, E).
 
     denoiser: (z_t, x_pref, alpha2, no_prefix) -> v. x_pref: (B, E). no_prefix: (B,) bool. sampling: a
-    `Sampling`. guides: pairs (log_prob, weight), where log_prob maps points (..., E) to log p(y | point)
+    `Sampling`. directions: pairs (log_prob, weight), where log_prob maps points (..., E) to log p(y | point)
     (...); the score gains weight * grad log p(y | z_t), so weight 1 aims at the posterior. covariance: a
-    `Covariance`, for guides at the estimate. on_step(log_snr, x) gets every prediction.
+    `Covariance`, for directions at the estimate. rng: a generator, or a list with one for each row.
+    on_step(log_snr, x) gets every prediction.
     """
-    (B, E), steps, device = x_pref.shape, sampling.steps, x_pref.device
+    B, E = x_pref.shape
+    steps = sampling.steps
+    device = x_pref.device
     if sampling.sampler == "dpm++":
         levels = torch.linspace(-4, 4, steps + 1, device=device)  # of log_snr, where a proposal forms
     else:  # the paper's, from the noisiest level trained
         levels = cosine_log_snr(torch.linspace(1, 0, steps + 1, device=device)).clamp(-MAX_LOG_SNR)
-    z = torch.randn((B, E), generator=rng, device=device)
+
+    z = normal(rng, (B, E), device)
     last_x = last_delta = None
     for i in range(steps):
-        log_snr, log_snr_next = levels[i].expand(B), levels[i + 1].expand(B)
-        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling, guides, covariance, rng)
+        log_snr = levels[i].expand(B)
+        log_snr_next = levels[i + 1].expand(B)
+        x, eps = predict(denoiser, z, log_snr, x_pref, no_prefix, sampling, directions, covariance, rng)
         if on_step:
             on_step(levels[i].item(), x)
-        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(log_snr), alpha_sigma(log_snr_next)
+
+        alpha, sigma = alpha_sigma(log_snr)
+        alpha_next, sigma_next = alpha_sigma(log_snr_next)
         delta = levels[i + 1] - levels[i]  # the step in log_snr, above 0
         if i == steps - 1:
             z = x
@@ -578,14 +639,20 @@ def sample(denoiser, x_pref, no_prefix, sampling, guides=(), covariance=None, rn
             # q(z_next | z, x) of [VDM], with a variance between its two bounds, log-linearly
             mean = torch.exp(-delta) * (alpha_next / alpha) * z - torch.expm1(-delta) * alpha_next * x
             deviation = torch.sqrt(-torch.expm1(-delta)) * sigma_next**0.8 * sigma**0.2
-            z = mean + deviation * torch.randn((B, E), generator=rng, device=z.device)
+            z = mean + deviation * normal(rng, (B, E), device)
         else:
             # [DPM++] (2M), algorithm 2, whose lambda = log(alpha / sigma) is half of our log_snr
-            ahead = x if last_x is None else x + (x - last_x) * delta / (2 * last_delta)
-            last_x, last_delta = x, delta
+            ahead = x
+            if last_x is not None:
+                ahead = x + (x - last_x) * delta / (2 * last_delta)
             z = sigma_next / sigma * z - alpha_next * torch.expm1(-delta / 2) * ahead
+            last_x = x
+            last_delta = delta
     check(z.isfinite().all(), "the diffusion diverged: lower cfg_scale or the weights of the guides")
     return z
+
+
+# ---------- Probes, and guides as a person writes them ------------------------------------------------------
 
 
 @dataclass
@@ -597,21 +664,107 @@ class Probe:
     coef: torch.Tensor  # (classes, E)
     intercept: torch.Tensor  # (classes,)
     encoder: str
-    weight: list  # of a guide to each class, unless it says another
+    guidance_weights: list  # for each class, of a guide that does not say its weight
 
     def log_prob(self, e):
         """Unit embeddings (..., E) -> log p(class | e) (..., classes)."""
         return F.log_softmax(F.linear(e, self.coef, self.intercept), dim=-1)
+
+    def save(self, path, **figures):
+        """Writes NAME.npz. figures: how good it is, for whoever opens the file."""
+        arrays = {
+            "classes": self.classes,
+            "coef": self.coef.cpu().numpy(),
+            "intercept": self.intercept.cpu().numpy(),
+            "encoder": self.encoder,
+            "weight": self.guidance_weights,
+        }
+        write_file(path, partial(np.savez, **arrays, **figures))
 
     @classmethod
     def load(cls, path, device="cpu"):
         """Reads NAME.npz. Raises InputError if it is damaged, or not a probe."""
         damaged = f"{path} is damaged, or not a probe of probes.py"
         with reported_as(damaged), np.load(path, allow_pickle=False) as f:
-            classes, encoder = f["classes"].tolist(), str(f["encoder"])
-            weight = np.broadcast_to(f["weight"], len(classes)).tolist()
-            coef, intercept = (torch.tensor(f[k], device=device) for k in ("coef", "intercept"))
-        return cls(os.path.basename(path).removesuffix(".npz"), classes, coef, intercept, encoder, weight)
+            classes = f["classes"].tolist()
+            return cls(
+                name=os.path.basename(path).removesuffix(".npz"),
+                classes=classes,
+                coef=torch.tensor(f["coef"], device=device),
+                intercept=torch.tensor(f["intercept"], device=device),
+                encoder=str(f["encoder"]),
+                guidance_weights=np.broadcast_to(f["weight"], len(classes)).tolist(),
+            )
+
+
+class Direction(NamedTuple):
+    """What one item of a guide asks for: a class to steer towards, or away from, and how hard."""
+
+    probe: Probe
+    label: int
+    away: bool
+    weight: float
+
+    @property
+    def name(self):
+        label = self.probe.classes[self.label]
+        return f"not-{label}" if self.away else label
+
+    def log_prob(self, e):
+        """Unit embeddings (..., E) -> log p(class | e), or log(1 - p(class | e)) (...)."""
+        log_p = self.probe.log_prob(e)
+        if not self.away:
+            return log_p[..., self.label]
+        others = [i for i in range(len(self.probe.classes)) if i != self.label]
+        return log_p[..., others].logsumexp(-1)
+
+
+def parse_guide(guide, probes):
+    """`negative:30,sports`, `sentiment=negative`, `not-sports:40` or `none` -> [Direction, ...].
+
+    A weight that is not given is the probe's, for that class. Raises InputError if no probe or more than one
+    has the class, or if the weight is not a number, 0 or above.
+    """
+    check(isinstance(guide, str), f"--guide: {guide!r} must be a text, such as none or negative:30")
+    if guide.strip() in ("", "none"):
+        return []
+    return [parse_direction(item, probes) for item in guide.split(",")]
+
+
+def parse_direction(item, probes):
+    """One item of a guide, such as `negative:30` -> its Direction. Raises InputError: see `parse_guide`."""
+    name, colon, number = (part.strip() for part in item.partition(":"))
+    probe_name, _, label = (part.strip() for part in name.rpartition("="))
+    found = []  # pairs (probe, away)
+    for probe in probes:
+        if probe_name in ("", probe.name):
+            if label in probe.classes:  # a class may be called not-sunny
+                found.append((probe, False))
+            elif label.startswith("not-") and label.removeprefix("not-") in probe.classes:
+                found.append((probe, True))
+    known = ", ".join(f"{probe.name} ({', '.join(probe.classes)})" for probe in probes)
+    known = known or "none yet, see probes.py"
+    check(found, f"--guide: no probe has a class {name!r}; this model's probes: {known}")
+    ways = " or ".join(f"{probe.name}={label}" for probe, _ in found)
+    check(len(found) == 1, f"--guide: several probes have a class {label!r}: say {ways}")
+
+    ((probe, away),) = found
+    if away:
+        label = label.removeprefix("not-")
+    index = probe.classes.index(label)
+    if colon:
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        check(math.isfinite(weight), f"--guide: the weight in {item!r} is not a number")
+    elif away and len(probe.classes) == 2:  # away from one of two classes is towards the other
+        weight = probe.guidance_weights[1 - index]
+    else:
+        weight = probe.guidance_weights[index]
+    other = label if away else f"not-{label}"
+    check(weight >= 0, f"--guide: the weight in {item!r} is negative: say {other}:{-weight:g}")
+    return Direction(probe, index, away, weight)
 
 
 # ---------- The whole: a trained folder, ready to write -----------------------------------------------------
@@ -623,13 +776,17 @@ def load_decoder(folder, device):
     A frozen GPT is not saved with its prompt generator. It is loaded from its source, if that is the same.
     """
     meta, weights = load_weights(folder, "decoder", device)
-    architecture, frozen = meta["architecture"], meta["architecture"].get("frozen")
+    architecture = meta["architecture"]
+    frozen = architecture.get("frozen")
     if frozen:
         same = source_sha256(frozen["name"]) == frozen["sha256"]
         check(same, f"{frozen['name']} is not the decoder that {folder} was trained with: its files differ")
-    gpt = GPT.from_pretrained(frozen["name"]) if frozen else GPT(GPTConfig(**architecture["gpt"]))
+        gpt = GPT.from_pretrained(frozen["name"])
+    else:
+        gpt = GPT(GPTConfig(**architecture["gpt"]))
     decoder = Decoder(gpt, PromptGenerator(**architecture["generator"])).to(device).requires_grad_(False)
-    (decoder.generator if frozen else decoder).load_state_dict(weights)
+    trained = decoder.generator if frozen else decoder
+    trained.load_state_dict(weights)
     return meta, decoder
 
 
@@ -649,33 +806,40 @@ class DGLM:
     Raises InputError if a part is missing or damaged, or does not belong to the rest.
     """
 
+    @torch.inference_mode(False)  # whoever calls: guidance needs gradients
     def __init__(self, folder, device="auto", with_probes=True):
-        self.device = pick_device(device)
-        self.folder = folder = model_folder(folder)
-        meta, self.decoder = load_decoder(folder, self.device)
-        diffusion_meta, self.covariance, self.diffusion = load_diffusion(folder, self.device)
-        self.data = meta["data"]
-        same = self.data == diffusion_meta["data"]
-        check(same, f"{folder}: decoder and diffusion were trained on different data: train one again")
-        self.proposal_tokens = self.data["block_size"] * 2 // 3  # few training windows continue for longer
-        self.longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
+        self.device = pick_device(str(device))
+        self.folder = model_folder(str(folder))
+        meta, self.decoder = load_decoder(self.folder, self.device)
+        diffusion_meta, self.covariance, self.diffusion = load_diffusion(self.folder, self.device)
         self.diffusion.requires_grad_(False)
         self.decoder.gpt.to(precision(self.device))  # decoding is limited by memory bandwidth
-        ranks = read_ranks(f"{folder}/tokenizer.tiktoken", self.data["tokenizer"])
-        self.tokenizer = Tokenizer(ranks, self.data.get("pattern", GPT2_PATTERN))
-        self.encoder = None
-        self.mean, self.std = (torch.tensor(self.data[k], device=self.device) for k in ("mean", "std"))
+
+        self.info = meta["data"]  # the encoder, the tokenizer, the mean embedding, ...
+        same = self.info == diffusion_meta["data"]
+        check(same, f"{self.folder}: decoder and diffusion were trained on different data: train one again")
+        self.mean = torch.tensor(self.info["mean"], device=self.device)
+        self.std = torch.tensor(self.info["std"], device=self.device)
+        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.info["tokenizer"])
+        self.tokenizer = Tokenizer(ranks, self.info.get("pattern", GPT2_PATTERN))
+        self.encoder = None  # takes seconds to load, and a text without a prefix does not need it
+        self.proposal_tokens = self.info["block_size"] * 2 // 3  # few training windows continue for longer
+        self.longest = self.decoder.gpt.config.n_positions - self.decoder.generator.K - 1  # after one token
+
         self.probes = []
-        for path in sorted(glob.glob(f"{glob.escape(folder)}/probes/*.npz")) if with_probes else ():
-            self.probes.append(probe := Probe.load(path, self.device))
-            ours, theirs = self.data["encoder"], probe.encoder  # a folder may stand for a hub name
-            same = os.path.basename(ours) == os.path.basename(theirs)
+        paths = sorted(glob.glob(f"{glob.escape(self.folder)}/probes/*.npz")) if with_probes else []
+        for path in paths:
+            probe = Probe.load(path, self.device)
+            ours = self.info["encoder"]
+            theirs = probe.encoder
+            same = os.path.basename(ours) == os.path.basename(theirs)  # a folder may stand for a hub name
             check(same, f"{path} is a probe of the encoder {theirs}, this model's is {ours}: train it again")
+            self.probes.append(probe)
 
     def encode(self, texts):
         """Texts -> e (N, E)."""
-        if self.encoder is None:  # takes seconds to load, and a text without a prefix does not need it
-            self.encoder = Encoder(self.data["encoder"], self.device)
+        if self.encoder is None:
+            self.encoder = Encoder(self.info["encoder"], self.device)
         return torch.from_numpy(self.encoder(texts)).to(self.device)
 
     def standardise(self, e):
@@ -685,85 +849,131 @@ class DGLM:
         """x (..., E) -> e (..., E)."""
         return F.normalize(x * self.std + self.mean, dim=-1)
 
+    @torch.inference_mode(False)
     def propose(self, prefixes, guide, sampling, rng=None, on_step=None):
         """What the continuation of each prefix should mean -> e (B, E).
 
         guide: see `parse_guide`. on_step(prefixes, log_snr, e) gets the prediction (B, E) of every step.
         """
 
-        def on_sphere(guide):
-            return lambda points: guide.log_prob(self.to_sphere(points))
+        def on_sphere(direction):
+            return lambda points: direction.log_prob(self.to_sphere(points))
 
-        def denoiser(*inputs):
+        def denoiser(z_t, x_pref, alpha2, no_prefix):
             with autocast(self.device):
-                return self.diffusion(*inputs)
+                return self.diffusion(z_t, x_pref, alpha2, no_prefix)
 
-        guides = [(on_sphere(g), g.weight) for g in parse_guide(guide, self.probes) if g.weight > 0]
-        no_prefix = torch.tensor([not p for p in prefixes], device=self.device)
+        def watch(log_snr, x):
+            on_step(prefixes, log_snr, self.to_sphere(x))
+
+        directions = parse_guide(guide, self.probes)
+        directions = [(on_sphere(each), each.weight) for each in directions if each.weight > 0]
+        no_prefix = torch.tensor([not prefix for prefix in prefixes], device=self.device)
+        x_of = {"": self.mean}  # for no prefix anything will do, as no_prefix overrides it
         distinct = sorted(set(prefixes) - {""})
-        embedded = dict(zip(distinct, self.standardise(self.encode(distinct)))) if distinct else {}
-        x_pref = torch.stack([embedded.get(p, self.mean) for p in prefixes])  # for "", no_prefix overrides it
-        watch = on_step and (lambda log_snr, x: on_step(prefixes, log_snr, self.to_sphere(x)))
-        x = sample(denoiser, x_pref, no_prefix, sampling, guides, self.covariance, rng=rng, on_step=watch)
+        if distinct:
+            x_of |= dict(zip(distinct, self.standardise(self.encode(distinct))))
+        x = sample(
+            denoiser,
+            x_pref=torch.stack([x_of[prefix] for prefix in prefixes]),
+            no_prefix=no_prefix,
+            sampling=sampling,
+            directions=directions,
+            covariance=self.covariance,
+            rng=rng,
+            on_step=watch if on_step else None,
+        )
         return self.to_sphere(x)
 
     def write(self, prefixes, e, max_new_tokens, sampling, rng=None):
         """Continues prefixes, each conditioned on its proposal e (B, E) -> texts."""
-        prompts = [self.tokenizer.encode_ordinary(p) for p in prefixes]
+        prompts = [self.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
         rows = self.decoder.write(prompts, self.standardise(e), max_new_tokens, sampling, rng)
         return self.tokenizer.texts(rows)
 
-    def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rng, on_step):
+    def write_in_parts(self, prefixes, guide, max_new_tokens, proposal_tokens, sampling, rngs, on_step):
         """Continues prefixes in parts of about proposal_tokens, each with a proposal of its own, conditioned
         on the text so far -> pairs (text, mean of its proposals (E,)). The decoder rereads the last sentence.
         """
-        prompts, new = [self.tokenizer.encode_ordinary(p) for p in prefixes], [[] for _ in prefixes]
-        proposals, unfinished = [[] for _ in prefixes], list(range(len(prefixes)))
+        prompts = [self.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
+        new = [[] for _ in prefixes]  # the tokens of each text
+        proposals = [[] for _ in prefixes]
+        unfinished = list(range(len(prefixes)))
         for end in [*range(proposal_tokens, max_new_tokens, proposal_tokens), max_new_tokens]:
-            earlier = [new[i] for i in unfinished]
-            count = min(end - min(map(len, earlier), default=end), self.longest)  # the shortest reaches `end`
+            if not unfinished:
+                break
+            # parts end at words, so texts differ in length: the shortest gets as far as `end`
+            shortest = min(len(new[i]) for i in unfinished)
+            count = min(end - shortest, self.longest)
             if count <= 0:
                 continue
-            read = [prompts[i] + new[i] for i in unfinished]
-            known = [self.tokenizer.last_words(tokens, self.data["block_size"]) for tokens in read]
-            if any(earlier):  # the more the decoder reads, the less it follows a proposal
-                read = [self.tokenizer.last_sentence(tokens) for tokens in known]
-            known = [text.strip() for text in self.tokenizer.texts(known)]
+
+            # the diffusion reads a window of the text so far, the decoder, from the second part on, less:
+            # the more it reads, the less it follows a proposal
+            so_far = [prompts[i] + new[i] for i in unfinished]
+            window = [self.tokenizer.last_words(tokens, self.info["block_size"]) for tokens in so_far]
+            if any(new[i] for i in unfinished):
+                so_far = [self.tokenizer.last_sentence(tokens) for tokens in window]
+            known = [text.strip() for text in self.tokenizer.texts(window)]
+            rng = [rngs[i] for i in unfinished]
             e = self.propose(known, guide, sampling, rng, on_step)
-            rows = self.decoder.write(read, self.standardise(e), count, sampling, rng, earlier)
+            earlier = [new[i] for i in unfinished]
+            rows = self.decoder.write(so_far, self.standardise(e), count, sampling, rng, earlier)
+
             for i, proposal, row in zip(unfinished, e, rows):
                 proposals[i].append(proposal)
                 new[i] = (new[i] + row)[:max_new_tokens]
                 if len(row) == count and end < max_new_tokens:  # its last word may be half a word
                     words = self.tokenizer.word_starts(new[i], max(1, len(new[i]) - 8))
-                    new[i] = new[i][: words[-1]] if words else new[i]
+                    if words:
+                        new[i] = new[i][: words[-1]]
             unfinished = [i for i, row in zip(unfinished, rows) if len(row) == count]
         means = [torch.stack(each).mean(0) for each in proposals]
         return list(zip(self.tokenizer.texts(new), means))
 
-    def generate(self, prefixes, guide="none", num_samples=1, max_new_tokens=32, seed=1337, **options):
+    def generate(
+        self,
+        prefixes,
+        guide="none",
+        num_samples=1,
+        max_new_tokens=32,
+        seed=1337,
+        batch_size=64,
+        proposal_tokens=0,
+        on_step=None,
+        **options,
+    ):
         """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order. A text in
         several parts comes with the mean of its proposals.
 
-        prefixes: a list of texts; one may be empty. options: the fields of `Sampling`; batch_size (64);
-        proposal_tokens, after which a longer text gets a new proposal (two thirds of a training window);
-        on_step of `propose`. Of a prefix that the decoder has no room for, it reads the end. One seed fixes
-        everything. Raises InputError, at once, for what cannot be used.
+        prefixes: a list of texts; one may be empty. Of one that the decoder has no room for, it reads the
+        end. guide: see `parse_guide`. proposal_tokens: a longer text gets a new proposal after so many; 0:
+        two thirds of a training window. on_step: see `propose`. options: the fields of `Sampling`. One seed
+        fixes everything: each text has random numbers of its own, whatever else is written. Raises
+        InputError, at once, for what cannot be used.
         """
-        batch_size, on_step = options.pop("batch_size", 64), options.pop("on_step", None)
-        proposal_tokens = min(options.pop("proposal_tokens", 0) or self.proposal_tokens, self.longest)
         sampling = Sampling(**options)
-        counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        counts["proposal_tokens"] = proposal_tokens
-        whole = all(isinstance(number, int) for number in (seed, *counts.values()))
-        check(whole, f"{', '.join(counts)} and seed must be whole numbers")
-        check_positive(counts, *counts)
-        texts = isinstance(prefixes, list) and prefixes and all(isinstance(p, str) for p in prefixes)
-        check(texts, "prefixes must be a list of texts")
+        proposal_tokens = min(proposal_tokens or self.proposal_tokens, self.longest)
+        check_range("num_samples", num_samples, "at least 1")
+        check_range("max_new_tokens", max_new_tokens, "at least 1")
+        check_range("batch_size", batch_size, "at least 1")
+        check_range("proposal_tokens", proposal_tokens, "at least 1")
+        are_texts = isinstance(prefixes, list) and prefixes and all(isinstance(p, str) for p in prefixes)
+        check(are_texts, "prefixes must be a list of texts")
         parse_guide(guide, self.probes)
-        prefixes = [clean(p.rstrip()) for p in prefixes]
-        rows = [p for p in prefixes for _ in range(num_samples)]
-        batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-        how = {"max_new_tokens": max_new_tokens, "proposal_tokens": proposal_tokens, "sampling": sampling}
-        how |= {"guide": guide, "rng": torch.Generator(self.device).manual_seed(seed), "on_step": on_step}
-        return chain.from_iterable(self.write_in_parts(batch, **how) for batch in batches)
+
+        prefixes = [clean(prefix.rstrip()) for prefix in prefixes]
+        rows = [(number, sample) for number in range(len(prefixes)) for sample in range(num_samples)]
+        batches = (
+            self.write_in_parts(
+                [prefixes[number] for number, _ in rows[start : start + batch_size]],
+                guide=guide,
+                max_new_tokens=max_new_tokens,
+                proposal_tokens=proposal_tokens,
+                sampling=sampling,
+                rngs=[rng_at("cpu", seed, *row) for row in rows[start : start + batch_size]],
+                on_step=on_step,
+            )
+            for start in range(0, len(rows), batch_size)
+        )
+        return chain.from_iterable(batches)

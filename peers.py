@@ -2,7 +2,7 @@
 
     best_of_n    writes several texts and keeps the one that the probe finds likeliest
     dexperts     pulls the decoder's logits towards those of a fine-tuned expert
-    vectors      shift the decoder's hidden states by a difference of means
+    by_vectors   shifts the decoder's hidden states by a difference of means
     prompting    asks an instruction-tuned language model
 
 eval.py measures them beside DGLM. None of them uses the diffusion to steer.
@@ -18,11 +18,10 @@ from functools import cache
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from model import load_decoder
-from plumbing.config import check
-from plumbing.decoding import Reader, decode, likeliest
+from model import load_decoder, parse_guide
+from plumbing.autoregression import Reader, draw_tokens, likeliest
 from plumbing.devices import autocast
-from plumbing.guides import parse_guide
+from plumbing.errors import check
 
 
 def best_of_n(model, drafts, guide):
@@ -34,12 +33,13 @@ def best_of_n(model, drafts, guide):
     It takes n times as long as one text, and can only choose from what the decoder writes by itself.
     """
     e = torch.stack([model.encode([text for text, _ in draft]) for draft in drafts])  # (n, prefixes, E)
-    log_p = sum(each.log_prob(e) for each in parse_guide(guide, model.probes))  # (n, prefixes)
-    return [drafts[k][i] for i, k in enumerate(log_p.argmax(0).tolist())]
+    log_p = sum(direction.log_prob(e) for direction in parse_guide(guide, model.probes))  # (n, prefixes)
+    best = log_p.argmax(0).tolist()
+    return [drafts[k][i] for i, k in enumerate(best)]
 
 
 def dexperts_logits(base, experts, anti_experts, a, sampling, stop=None):
-    """A function that combines the logits of several language models, for `decode` [DExperts]:
+    """A function that combines the logits of several language models, for `draw_tokens` [DExperts]:
 
         z + a sum_i (z_i^+ - z_i^-)
 
@@ -67,26 +67,37 @@ def dexperts(model, prefixes, pairs, a, max_new_tokens, sampling, rng):
     step of all these models.
     """
     prompts = [model.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
-    gpt, stop = model.decoder.gpt, model.tokenizer.eot_token
-    base = Reader(gpt, prompts, max_new_tokens, eot_row=model.decoder.generator.eot_row)
-    experts, anti_experts = ([Reader(one, prompts, max_new_tokens) for one in side] for side in zip(*pairs))
+    stop = model.tokenizer.eot_token
+    base = Reader(model.decoder.gpt, prompts, max_new_tokens, eot_row=model.decoder.generator.eot_row)
+    experts = [Reader(expert, prompts, max_new_tokens) for expert, _ in pairs]
+    anti_experts = [Reader(anti_expert, prompts, max_new_tokens) for _, anti_expert in pairs]
     next_logits = dexperts_logits(base, experts, anti_experts, a, sampling, stop)
-    rows = decode(next_logits, max_new_tokens, replace(sampling, top_k=0, top_p=1.0), stop, rng)
+    within = replace(sampling, top_k=0, top_p=1.0)  # next_logits has excluded the other tokens already
+    rows = draw_tokens(next_logits, max_new_tokens, within, stop=stop, rng=rng)
     return model.tokenizer.texts(rows)
 
 
 def load_experts(text, model):
-    """`negative=EXPERT+ANTI,...`: folders of this decoder, fine-tuned -> {class: (expert, anti-expert)}.
+    """`negative=EXPERT+ANTI,...`: folders of this decoder, fine-tuned -> {class: [expert, anti-expert]}.
 
     Raises InputError if one of them is another decoder, or was not fine-tuned.
     """
-    load, gpt, experts = cache(load_decoder), model.decoder.gpt, {}
-    for label, _, folders in (item.partition("=") for item in text.replace(" ", "").split(",") if item):
-        pair = [load(folder, model.device) for folder in folders.split("+")]
-        tuned = [e.gpt.config == gpt.config and "frozen" not in meta["architecture"] for meta, e in pair]
-        fits = all(meta["data"]["tokenizer"] == model.data["tokenizer"] for meta, _ in pair)
-        check(fits and tuned == [True, True], "--experts: CLASS=EXPERT+ANTI, this decoder tuned twice")
-        experts[label] = [expert.gpt.to(gpt.wte.weight.dtype) for _, expert in pair]
+    gpt = model.decoder.gpt
+    load = cache(load_decoder)  # a folder may serve several classes
+
+    def load_tuned(folder):
+        meta, decoder = load(folder, model.device)
+        same = decoder.gpt.config == gpt.config and meta["data"]["tokenizer"] == model.info["tokenizer"]
+        tuned = "frozen" not in meta["architecture"]
+        check(same and tuned, f"--experts: {folder} is not this model's decoder, fine-tuned")
+        return decoder.gpt.to(gpt.wte.weight.dtype)
+
+    experts = {}
+    for item in text.replace(" ", "").split(","):
+        if item:
+            label, _, folders = item.partition("=")
+            check(folders.count("+") == 1, f"--experts {item}: write CLASS=EXPERT+ANTI, two folders")
+            experts[label] = [load_tuned(folder) for folder in folders.split("+")]
     return experts
 
 
@@ -98,32 +109,42 @@ def steering_vectors(model, texts, labels, layer):
 
     h are the hidden states after block `layer`, at the first 64 tokens (DiffMean in Wu et al. 2025).
     """
-    gpt, means, states = model.decoder.gpt, {}, []
+    gpt = model.decoder.gpt
     longest = min(64, gpt.config.n_positions)
+    states = []
     hook = gpt.h[layer].register_forward_hook(lambda block, inputs, h: states.append(h))
+    means = {}
     for label in sorted(set(labels)):
         mine = [text for text, y in zip(texts, labels) if y == label]
         prompts = [model.tokenizer.encode_ordinary(text)[:longest] for text in mine]
-        total, count = 0, 0
+        total = 0
+        count = 0
         for start in range(0, len(prompts), 64):
             reader = Reader(gpt, prompts[start : start + 64], max_new_tokens=0)
             reader()
             real = reader.usable[:, 0, 0]  # (B, T), False for padding
-            total, count = total + states.pop()[real].float().sum(0), count + real.sum()
+            total = total + states.pop()[real].float().sum(0)
+            count = count + real.sum()
         means[label] = total / count
     hook.remove()
-    rest = {label: torch.stack([m for y, m in means.items() if y != label]).mean(0) for label in means}
-    return {label: means[label] - rest[label] for label in means}
+
+    vectors = {}
+    for label, mean in means.items():
+        others = torch.stack([other for y, other in means.items() if y != label])
+        vectors[label] = mean - others.mean(0)
+    return vectors
 
 
 def by_vectors(model, prefixes, vectors, layer, a, max_new_tokens, sampling, rng):
     """Continues prefixes while a times the sum of `vectors` is added to what block `layer` gives -> texts."""
-    gpt, shift = model.decoder.gpt, a * sum(vectors)
+    gpt = model.decoder.gpt
+    prompts = [model.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
+    stop = model.tokenizer.eot_token
+    eot_row = model.decoder.generator.eot_row
+    shift = a * sum(vectors)
     hook = gpt.h[layer].register_forward_hook(lambda block, inputs, h: h + shift.to(h))
     try:
-        prompts = [model.tokenizer.encode_ordinary(prefix) for prefix in prefixes]
-        soft = {"eot_row": model.decoder.generator.eot_row}
-        rows = gpt.generate(prompts, max_new_tokens, sampling, model.tokenizer.eot_token, rng, **soft)
+        rows = gpt.generate(prompts, max_new_tokens, sampling, stop=stop, rng=rng, eot_row=eot_row)
     finally:
         hook.remove()
     return model.tokenizer.texts(rows)
@@ -136,21 +157,31 @@ def prompting(lm, prefixes, classes, max_new_tokens, sampling):
     random numbers.
     """
     wish = f"Write a {' and '.join(classes)} text that begins: "
-    chats = [
-        [{"role": "user", "content": wish + prefix}, {"role": "assistant", "content": prefix}]
-        for prefix in prefixes
-    ]
-    options = {"continue_final_message": True, "padding": True, "return_tensors": "pt", "return_dict": True}
-    inputs = lm.tokenizer.apply_chat_template(chats, **options).to(lm.device)
+    chats = []
+    for prefix in prefixes:
+        question = {"role": "user", "content": wish + prefix}
+        answer = {"role": "assistant", "content": prefix}  # which the model continues
+        chats.append([question, answer])
+    inputs = lm.tokenizer.apply_chat_template(
+        chats, continue_final_message=True, padding=True, return_tensors="pt", return_dict=True
+    ).to(lm.device)
     prompt_length = inputs["input_ids"].shape[1]
+
+    options = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature}
+        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    min_new_tokens = 0 if sampling.may_end else max_new_tokens
     penalty = RepetitionPenaltyLogitsProcessor(
         sampling.repetition_penalty, prompt_ignore_length=prompt_length
     )
-    options = {"do_sample": sampling.temperature > 0, "max_new_tokens": max_new_tokens}
-    options["min_new_tokens"] = 0 if sampling.may_end else max_new_tokens
-    if sampling.temperature > 0:
-        options |= {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p")}
     with autocast(lm.device):
-        rows = lm.model.generate(**inputs, logits_processor=LogitsProcessorList([penalty]), **options)
+        rows = lm.model.generate(
+            **inputs,
+            **options,
+            logits_processor=LogitsProcessorList([penalty]),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+        )
     texts = lm.tokenizer.batch_decode(rows[:, prompt_length:], skip_special_tokens=True)
     return [text.rstrip("\ufffd") for text in texts]

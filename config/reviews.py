@@ -1,10 +1,12 @@
-"""Short passages of film reviews, or any text of your own, on a laptop: a small decoder and diffusion.
+"""A small decoder and diffusion for a laptop: short passages of film reviews, or any text of your own.
 
 python prepare.py config/reviews.py --dataset reviews.jsonl.gz
-python train_decoder.py config/reviews.py && python train_diffusion.py config/reviews.py
+python train_decoder.py config/reviews.py
+python train_diffusion.py config/reviews.py
 
-A few thousand documents are enough to fine-tune the shipped model: to both trainings add --init_from
-pretrained/reviews --max_iters 150 --warmup_iters 10 --learning_rate 1e-3 --muon 0.005.
+The model goes to out/reviews. A few thousand documents are enough to fine-tune the shipped model instead: add
+--init_from pretrained/reviews --max_iters 150 --warmup_iters 10 --learning_rate 1e-3 --muon 0.005 to both
+trainings.
 """
 
 dataset = "reviews.jsonl.gz"

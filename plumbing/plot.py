@@ -1,6 +1,7 @@
 """Pictures of the tables of eval.py."""
 
 import importlib.util
+import math
 import re
 
 from plumbing.files import write_file
@@ -15,46 +16,56 @@ def plot(table, y, path):
     `weight 80`, make a curve, whose points grow from the first to the last.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        return print("no picture: that needs matplotlib (pip install matplotlib)")
+        print("no picture: that needs matplotlib (pip install matplotlib)")
+        return
     from matplotlib.figure import Figure
 
-    y = y or next(iter(next(iter(table.values()))))
+    first_row = next(iter(table.values()))
+    y = y or next(iter(first_row))
     panels, legend = curves_of(table, y)
-    columns = min(4, len(panels))
-    lines, width = -(-len(panels) // columns), 10 if columns > 1 else 6.5  # inches
-    fig = Figure((width, lines * (0.8 + 0.6 * width / columns)), layout="constrained")
-    axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    num_columns = min(4, len(panels))
+    num_lines = math.ceil(len(panels) / num_columns)
+    width = 10 if num_columns > 1 else 6.5  # inches
+    height = num_lines * (0.8 + 0.6 * width / num_columns)
+    fig = Figure((width, height), layout="constrained")
+    axes = fig.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
     for ax in axes[len(panels) :]:
         ax.axis("off")
+
     handles = {}
     for ax, (panel, curves) in zip(axes, panels.items()):
         ax.set_title(panel, fontsize=10)
         ax.tick_params(labelbottom=True, labelsize=8)
         ax.grid(color="0.92")
         for name, points in curves.items():
-            x, heights = zip(*points)
+            perplexities, heights = zip(*points)
+            sizes = [14 + 16 * i for i in range(len(points))]
             index = list(legend).index(name)
             style = {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
-            (handles[name],) = ax.plot(x, heights, linewidth=1.2, markersize=3, **style)
-            ax.scatter(x, heights, [14 + 16 * i for i in range(len(x))], zorder=3, **style)
+            (handles[name],) = ax.plot(perplexities, heights, linewidth=1.2, markersize=3, **style)
+            ax.scatter(perplexities, heights, sizes, zorder=3, **style)
+
     if y in SHARES:
         axes[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     fig.supxlabel("corpus perplexity", fontsize=9)
     fig.supylabel(SHARES.get(y, y), fontsize=9)
-    options = {"ncols": min(5, 2 * columns), "fontsize": 9, "frameon": False}
-    fig.legend([handles[name] for name in legend], legend.values(), loc="outside upper center", **options)
+    options = {"loc": "outside upper center", "ncols": min(5, 2 * num_columns), "fontsize": 9}
+    fig.legend([handles[name] for name in legend], legend.values(), frameon=False, **options)
     write_file(path, lambda f: fig.savefig(f, format="png", dpi=150))
 
 
 def curves_of(table, y):
     """-> {attribute: {curve: [(perplexity, y), ...]}}, {curve: its name and numbers}."""
-    panels, numbers = {}, {}
+    panels = {}
+    numbers = {}  # {curve: its numbers, as the keys of a dictionary, which keeps their order}
     for row, figures in table.items():
+        if y not in figures:
+            continue
         panel, _, way = row.rpartition(": ")
         name, number = re.fullmatch(r"(.*?) ?([\d.]*)", way).groups()
-        if y in figures:
-            curves = panels.setdefault(panel, {})
-            unguided = curves.get(name.removeprefix("network, "), [])[:1]  # both ways to guide begin there
-            curves.setdefault(name, unguided).append((figures["corpus perplexity"][0], figures[y][0]))
-            numbers.setdefault(name, {})[number] = None
+        curves = panels.setdefault(panel, {})
+        unguided = curves.get(name.removeprefix("network, "), [])[:1]  # both ways to guide begin there
+        point = (figures["corpus perplexity"][0], figures[y][0])
+        curves.setdefault(name, unguided).append(point)
+        numbers.setdefault(name, {})[number] = None
     return panels, {name: f"{name} {', '.join(found)}" for name, found in numbers.items()}

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
-from plumbing.config import check, reported_as
+from plumbing.errors import check, reported_as
 from plumbing.files import write_file
 
 
@@ -15,17 +15,21 @@ class Results:
     """A .jsonl file: one line that says what made it, then one for every row of the table and seed."""
 
     def __init__(self, path, made_with, seeds):
-        self.path, self.made_with, self.seeds, self.lines = path, made_with, seeds, []
-        if os.path.exists(self.path):
-            with reported_as(f"{self.path} is damaged, remove it"), open(self.path, encoding="utf-8") as f:
+        self.path = path
+        self.made_with = made_with
+        self.seeds = seeds
+        self.lines = []
+        if os.path.exists(path):
+            with reported_as(f"{path} is damaged, remove it"), open(path, encoding="utf-8") as f:
                 before, *self.lines = map(json.loads, f)
-            changed = ", ".join(k for k, v in made_with.items() if before.get(k) != v)
-            check(not changed, f"{self.path} was made with other {changed}: give another --results")
+            changed = ", ".join(key for key, value in made_with.items() if before.get(key) != value)
+            check(not changed, f"{path} was made with other {changed}: give another --results")
 
     def missing(self, rows):
         """Yields the (row, seed) that have no line yet."""
         done = {(line["row"], line["seed"]) for line in self.lines}
-        for row, seed in tqdm([(row, seed) for row in rows for seed in self.seeds], self.path):
+        wanted = [(row, seed) for row in rows for seed in self.seeds]
+        for row, seed in tqdm(wanted, self.path):
             if (row, seed) not in done:
                 yield row, seed
 
@@ -36,21 +40,30 @@ class Results:
 
     def table(self):
         """{row: {figure: (mean, half of its 95 % interval)}}, over seeds (Student's t)."""
-        out = {}
-        for row in dict.fromkeys(line["row"] for line in self.lines):
-            each, out[row] = [line["figures"] for line in self.lines if line["row"] == row], {}
-            for name in dict.fromkeys(name for figures in each for name in figures):
-                x = np.array([figures[name] for figures in each if name in figures])
-                wide = student_t.ppf(0.975, len(x) - 1) / len(x) ** 0.5 if len(x) > 1 else 0.0
-                out[row][name] = x.mean(), wide * x.std(ddof=min(1, len(x) - 1))
-        return out
+        samples = {}  # {row: {figure: its value for each seed}}
+        for line in self.lines:
+            row = samples.setdefault(line["row"], {})
+            for name, value in line["figures"].items():
+                row.setdefault(name, []).append(value)
+        return {row: {name: interval(x) for name, x in figures.items()} for row, figures in samples.items()}
+
+
+def interval(values):
+    """-> the mean, half of its 95 % interval; 0 for a single value, which tells nothing about the error."""
+    x = np.array(values)
+    if len(x) == 1:
+        return x.mean(), 0.0
+    return x.mean(), student_t.ppf(0.975, len(x) - 1) / len(x) ** 0.5 * x.std(ddof=1)
 
 
 def show(table):
     """Prints a table as Markdown."""
     names = list(dict.fromkeys(name for figures in table.values() for name in figures))
-    print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
+    print("\n| | " + " | ".join(names) + " |")
+    print("|---|" + "---|" * len(names))
     for row, figures in table.items():
-        cells = ("{:.4g} ± {:.2g}".format(*figures[name]) if name in figures else "" for name in names)
-        cells = (cell.removesuffix(" ± 0") for cell in cells)  # one seed tells nothing about the error
+        cells = []
+        for name in names:
+            cell = "{:.4g} ± {:.2g}".format(*figures[name]) if name in figures else ""
+            cells.append(cell.removesuffix(" ± 0"))
         print(f"| {row} | " + " | ".join(cells) + " |")

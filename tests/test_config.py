@@ -8,13 +8,14 @@ from conftest import ROOT, load_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plumbing.config import SCRIPTS, InputError, declared, parse_arguments, read_config, run
+from plumbing.config import SCRIPTS, declared, parse_arguments, read_config, run
+from plumbing.errors import InputError
 
 DEFAULTS = {"batch_size": 64, "learning_rate": 1e-3, "compile": False, "prefix": ""}
 
 
 def parse(*arguments):
-    return parse_arguments(arguments, "sample", dict.fromkeys(DEFAULTS, ""), DEFAULTS)
+    return parse_arguments(arguments, "sample.py", dict.fromkeys(DEFAULTS, ""), DEFAULTS)
 
 
 def test_values_take_the_type_of_their_default():
@@ -59,7 +60,8 @@ def test_help_prints_every_variable_of_a_script_with_its_default_and_comment(scr
     module = load_script(pathlib.Path(ROOT), f"{script}.py")
     with pytest.raises(SystemExit) as e:
         run(module.main, vars(module), ["--help"])
-    said, comments = capsys.readouterr().out, declared(f"{ROOT}/{script}.py")
+    said = capsys.readouterr().out
+    comments = declared(f"{ROOT}/{script}.py")
     assert not e.value.code and comments
     for key, comment in comments.items():
         assert comment and comment in said and f"--{key}={getattr(module, key)!r}" in said

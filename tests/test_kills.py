@@ -1,6 +1,7 @@
 """Killed again and again, at random moments, every long script ends as if it had never been stopped.
 
-This takes minutes, so it runs when asked: python -m pytest tests/test_kills.py --kills 20
+This takes minutes, so it runs when asked: python -m pytest tests/test_kills.py --kills 20. What always runs
+is the test of a training that has lost its weights.
 """
 
 import random
@@ -11,8 +12,11 @@ import sys
 import time
 
 import pytest
-from conftest import TOY, digest, python
+import torch
+from conftest import TOY, TRAININGS, digest, python
 from test_eval import CONTROL, evaluated, judge_lm  # noqa: F401, two fixtures
+
+from plumbing.files import load_weights
 
 SHORT = f"{TOY} --eval_rows=32 --batch_size=16 --out_dir=out/new"
 COMMANDS = {
@@ -35,18 +39,22 @@ def final(folder):
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[0] for command in COMMANDS])
 def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp_path):  # noqa: F811
     """Of a training, its weights and what is saved with them: the losses of its validations too."""
-    kills, (project, _) = request.config.getoption("--kills"), evaluated
-    moments, result = random.Random(command), COMMANDS[command]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    kills = request.config.getoption("--kills")
+    project, _ = evaluated
+    moments = random.Random(command)
+    result = COMMANDS[command]
+    undisturbed = tmp_path / "undisturbed"
+    killed = tmp_path / "killed"
+    for folder in (undisturbed, killed):
         shutil.copytree(project, folder, ignore=shutil.ignore_patterns("hf", "killed", "results"))
         if command.startswith("prepare"):
             shutil.rmtree(folder / "data")
             source = (folder / "prepare.py").read_text()
             (folder / "prepare.py").write_text(source.replace("SHARD = 1024", "SHARD = 64"))
     begin = time.perf_counter()
-    python(command, whole)
-    duration, expected = time.perf_counter() - begin, final(whole / result)
+    python(command, undisturbed)
+    duration = time.perf_counter() - begin
+    expected = final(undisturbed / result)
     assert expected
     while kills:
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -61,3 +69,18 @@ def test_kills_at_random_moments_change_nothing(evaluated, command, request, tmp
             kills -= 1
     python(command, killed)
     assert final(killed / result) == expected
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_weights_that_were_removed_are_written_again_from_the_checkpoint(project, undisturbed, call, name):
+    """Even if no step is left, and with what sampling needs beside them."""
+    shutil.copytree(project / "out/whole", project / f"out/removed_{name}")
+    removed = project / f"out/removed_{name}/{name}.safetensors"
+    before = load_weights(removed.parent, name)
+    removed.unlink()
+    status, lines, _ = call(project, f"{TRAININGS[name]} --out_dir=out/removed_{name}")
+    assert status == 0 and "nothing left to do" in lines[0]
+    assert any("is missing: writing it again" in line for line in lines)
+    after = load_weights(removed.parent, name)
+    assert after[0]["history"] == before[0]["history"]
+    assert all(torch.equal(weight, after[1][key]) for key, weight in before[1].items())

@@ -20,26 +20,27 @@ def write(model, prefixes, **options):
         if prefixes not in seen:
             seen.append(prefixes)
 
-    pairs = list(model.generate(prefixes, on_step=on_step, **options))
-    return [text for text, _ in pairs], seen
+    written = list(model.generate(prefixes, on_step=on_step, **options))
+    return [text for text, _ in written], seen
 
 
 def test_each_part_has_a_proposal_conditioned_on_the_text_so_far(model):
     (text,), seen = write(model, ["The food was"], max_new_tokens=30, proposal_tokens=10, may_end=False)
     first, *later = [prefix for (prefix,) in seen]
     assert first == "The food was" and len(later) >= 2
-    whole = "The food was" + text
+    finished = "The food was" + text
     for prefix in later:
-        assert prefix in whole and not whole.partition(prefix)[2][:1].isalnum()  # it ends at a word
+        assert prefix in finished and not finished.partition(prefix)[2][:1].isalnum()  # it ends at a word
 
 
 def test_later_parts_read_the_last_sentence_only(model, monkeypatch):
     """The more the decoder has read, the less it follows a new proposal."""
-    read, write_part = [], model.decoder.write
+    read = []
+    write_part = model.decoder.write
 
-    def watch(prompts, *rest):
+    def watch(prompts, *rest, **options):
         read.append([model.tokenizer.decode(prompt) for prompt in prompts])
-        return write_part(prompts, *rest)
+        return write_part(prompts, *rest, **options)
 
     monkeypatch.setattr(model.decoder, "write", watch)
     prefixes = ["It rained. The food was", "", "We left! The hotel"]
@@ -88,7 +89,7 @@ def test_a_text_may_be_longer_than_the_decoders_positions(model):
     (text,), seen = write(model, ["The food was"], max_new_tokens=2 * positions, may_end=False)
     assert len(model.tokenizer.encode_ordinary(text)) > 1.5 * positions
     longest = max(len(model.tokenizer.encode_ordinary(prefix)) for (prefix,) in seen)
-    assert longest <= model.data["block_size"]
+    assert longest <= model.info["block_size"]
 
 
 def test_finished_texts_take_no_part_in_the_next(model):

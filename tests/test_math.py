@@ -40,7 +40,9 @@ def test_alpha_and_sigma_lie_on_the_circle(log_snr):
 
 @given(log_snrs, st.integers(0, 1000))
 def test_v_and_z_recover_x_and_eps(log_snr, seed):
-    x, eps, level = draw(seed), draw(seed + 1), torch.full((4,), log_snr, dtype=torch.float64)
+    x = draw(seed)
+    eps = draw(seed + 1)
+    level = torch.full((4,), log_snr, dtype=torch.float64)
     x_back, eps_back = x_and_eps(diffuse(x, eps, level), velocity(x, eps, level), level)
     torch.testing.assert_close(x_back, x)
     torch.testing.assert_close(eps_back, eps)
@@ -62,15 +64,17 @@ def test_log_snr_is_finite_and_falls_from_clean_to_noise():
 @given(log_snrs)
 def test_loss_weight_is_cauchy_below_zero_and_normal_above_each_with_maximum_one(log_snr):
     kind = torch.distributions.Cauchy if log_snr < 0 else torch.distributions.Normal
-    shape, at = kind(0.0, 2.4), torch.tensor(log_snr)
-    expected = (shape.log_prob(at) - shape.log_prob(torch.tensor(0.0))).exp()
-    torch.testing.assert_close(loss_weight(at), expected)
+    shape = kind(0.0, 2.4)
+    level = torch.tensor(log_snr)
+    expected = (shape.log_prob(level) - shape.log_prob(torch.tensor(0.0))).exp()
+    torch.testing.assert_close(loss_weight(level), expected)
 
 
 def test_noise_bins_are_drawn_in_proportion_to_their_value():
     bins = NoiseBins()
     bins.value[:] = 0
-    bins.value[10], bins.value[90] = 1, 3
+    bins.value[10] = 1
+    bins.value[90] = 3
     log_snr, value = bins.sample(40_000, torch.Generator().manual_seed(0))
     low = (log_snr >= -12) & (log_snr < -11.7)
     assert (low | (log_snr >= 12) & (log_snr < 12.3)).all()
@@ -99,8 +103,10 @@ def test_noise_bins_move_a_tenth_of_the_way_where_a_finite_loss_was_seen():
 @given(st.integers(0, 10**7), st.floats(0.5, 0.9999))
 def test_ema_warms_up_to_its_decay(step, decay):
     """At step 0 it is the model; it remembers 1 - (1 + step)^(-3/4) of itself, and `decay` at most."""
-    model, ema = torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1).double().requires_grad_(False)
-    before, target = ema.weight.item(), model.weight.item()
+    model = torch.nn.Linear(1, 1).double()
+    ema = torch.nn.Linear(1, 1).double().requires_grad_(False)
+    before = ema.weight.item()
+    target = model.weight.item()
     update_ema(ema, model, step, decay)
     kept = min(decay, 1 - (1 + step) ** -0.75)
     assert ema.weight.item() == pytest.approx(kept * before + (1 - kept) * target, abs=1e-12)
@@ -131,13 +137,12 @@ def test_muon_is_that_of_torch(shape):
 def test_each_weight_has_one_optimizer_muon_the_linear_matrices_and_only_matrices_decay(muon):
     """Where the gradient is 0, a step shrinks matrices by decay_per_step, whatever the rates are."""
     gpt = GPT(GPTConfig(vocab_size=50, n_positions=16, n_layer=1, n_head=1, n_embd=64))
-    nets = Decoder(gpt, PromptGenerator(64, 64, d=64, n=1)), DiffusionTransformer(64, d=64, n=2)
-    module = torch.nn.ModuleList(nets)
+    decoder = Decoder(gpt, PromptGenerator(64, 64, d=64, n=1))
+    module = torch.nn.ModuleList([decoder, DiffusionTransformer(64, d=64, n=2)])
     optimizers = configure_optimizers(module, 1e-3, (0.9, 0.99), decay_per_step=1e-2, muon=muon)
     trained = [[p for group in opt.param_groups for p in group["params"]] for opt in optimizers]
-    names, linear = {p: name for name, p in module.named_parameters()}, set()
-    for name, part in module.named_modules():
-        linear |= {f"{name}.weight"} if isinstance(part, torch.nn.Linear) else set()
+    names = {p: name for name, p in module.named_parameters()}
+    linear = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
     assert sorted(names[p] for each in trained for p in each) == sorted(names.values())
     assert [{names[p] for p in each} for each in trained[1:]] == ([linear] if muon else [])
 

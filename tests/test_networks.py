@@ -1,6 +1,5 @@
 """The networks. Run: python -m pytest tests/test_networks.py"""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,16 +9,9 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import (
-    GPT,
-    Decoder,
-    DiffusionTransformer,
-    GPTConfig,
-    PromptGenerator,
-    Sampling,
-    attend,
-)
-from plumbing.decoding import insert, pick
+from model import GPT, Decoder, DiffusionTransformer, GPTConfig, PromptGenerator, Sampling, insert
+from plumbing.autoregression import pick
+from plumbing.devices import attend
 
 SIZES = {"vocab_size": 97, "n_positions": 64, "n_layer": 3, "n_head": 4, "n_embd": 64}
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -55,7 +47,8 @@ KINDS = {
 def pair(request, tmp_path_factory):
     """A random decoder of transformers, in eval mode, and ours loaded from the folder that it saved."""
     torch.manual_seed(0)
-    theirs, folder = KINDS[request.param]().eval(), tmp_path_factory.mktemp("decoder")
+    theirs = KINDS[request.param]().eval()
+    folder = tmp_path_factory.mktemp("decoder")
     theirs.save_pretrained(folder)
     return theirs, GPT.from_pretrained(str(folder)).eval()
 
@@ -94,7 +87,8 @@ def test_greedy_text_of_a_padded_batch_is_that_of_transformers_one_by_one(pair, 
 def test_cached_generation_equals_a_full_pass_over_the_whole_text(pair, soft_first):
     """With a soft prompt at the end of prompts of several lengths, or in front of them."""
     _, gpt = pair
-    prompts, soft = [[5, 6, 7, 8], [], [10, 11]], torch.randn(3, 4, gpt.config.n_embd)
+    prompts = [[5, 6, 7, 8], [], [10, 11]]
+    soft = torch.randn(3, 4, gpt.config.n_embd)
     rows = gpt.generate(prompts, 10, GREEDY, soft_prompt=soft, soft_first=soft_first)
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         with torch.no_grad():
@@ -112,7 +106,8 @@ def test_without_a_prefix_all_the_room_is_for_the_text():
 
 def test_of_a_prefix_that_is_too_long_the_end_is_read():
     gpt = GPT(GPTConfig(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16))
-    soft, end = torch.randn(1, 4, 16), torch.arange(18).remainder(8).tolist()
+    soft = torch.randn(1, 4, 16)
+    end = torch.arange(18).remainder(8).tolist()
     (long,), (short,) = (gpt.generate([p], 10, GREEDY, soft_prompt=soft) for p in ([3] * 50 + end, end))
     assert long == short
 
@@ -136,7 +131,8 @@ def test_generation_stops_before_the_stop_token(pair):
 def test_tokens_are_drawn_as_transformers_draws_them(seed, seen, penalty, temperature, top_k, top_p):
     """Penalty, temperature, of all the top_k likeliest (0: all), of these the fewest that make up top_p."""
     logits = 3 * torch.randn(1, 20, generator=torch.Generator().manual_seed(seed))
-    ids, n = torch.tensor([sorted(seen)], dtype=torch.long), 3000
+    ids = torch.tensor([sorted(seen)], dtype=torch.long)
+    n = 3000
     steps = [transformers.RepetitionPenaltyLogitsProcessor(penalty)]
     steps += [transformers.TemperatureLogitsWarper(temperature)]
     steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
@@ -154,7 +150,8 @@ def test_tokens_are_drawn_as_transformers_draws_them(seed, seen, penalty, temper
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5))
 def test_insert_puts_the_block_before_the_element_asked_for(at, K):
-    rows, block = torch.arange(6).repeat(len(at), 1), 100 + torch.arange(K).repeat(len(at), 1)
+    rows = torch.arange(6).repeat(len(at), 1)
+    block = 100 + torch.arange(K).repeat(len(at), 1)
     for row, place in zip(insert(rows, block, torch.tensor(at)).tolist(), at):
         assert row == [*range(place), *range(100, 100 + K), *range(place, 6)]
 
@@ -171,13 +168,17 @@ def test_decoder_loss_counts_each_real_token_that_something_precedes(frozen):
     reference is the cross-entropy written out row by row.
     """
     decoder = small_decoder(frozen)
-    tokens, length, split = torch.randint(0, 97, (3, 21)), torch.tensor([20, 11, 6]), torch.tensor([9, 0, 5])
-    z, alpha2 = torch.randn(3, 64), torch.rand(3)
+    tokens = torch.randint(0, 97, (3, 21))
+    length = torch.tensor([20, 11, 6])
+    split = torch.tensor([9, 0, 5])
+    z = torch.randn(3, 64)
+    alpha2 = torch.rand(3)
     with torch.no_grad():
         soft = decoder.generator(z, alpha2)
         terms = {False: [], True: []}
         for i in range(3):
-            n, s = int(length[i]) + 1, int(split[i])
+            n = int(length[i]) + 1
+            s = int(split[i])
             at = 0 if frozen else s
             h = torch.cat((decoder.gpt.wte(tokens[i, :at]), soft[i], decoder.gpt.wte(tokens[i, at:n])))[None]
             log_p = decoder.gpt(h)[0].log_softmax(-1)
@@ -194,10 +195,13 @@ def test_decoder_loss_counts_each_real_token_that_something_precedes(frozen):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_writing_reads_the_soft_prompt_where_training_put_it(frozen):
     """The likeliest tokens, one by one, of a full pass."""
-    decoder, prompt, x = small_decoder(frozen), [5, 6, 7], torch.randn(1, 64)
+    decoder = small_decoder(frozen)
+    prompt = [5, 6, 7]
+    x = torch.randn(1, 64)
     (written,) = decoder.write([prompt], x, 8, replace(GREEDY, sigma2=0.0))
     with torch.no_grad():
-        soft, row = decoder.generator(x, torch.ones(1)), prompt
+        soft = decoder.generator(x, torch.ones(1))
+        row = prompt
         for _ in range(8):
             at = torch.tensor([0 if frozen else 3])
             row = row + [
@@ -206,30 +210,12 @@ def test_writing_reads_the_soft_prompt_where_training_put_it(frozen):
     assert written == row[3:]
 
 
-def test_naming_words_is_the_cross_entropy_of_a_mixture_over_the_batchs_words():
-    """By hand, on two rows whose continuations are [5 6 6] and [7]."""
-    torch.manual_seed(0)
-    decoder = Decoder(GPT(GPTConfig(9, 16, 1, 2, 16)), PromptGenerator(E=8, n_embd=16, d=64, n=1, K=4))
-    tokens, length, split = torch.tensor([[1, 5, 6, 6, 2], [3, 4, 7, 0, 0]]), torch.tensor([4, 3]), [1, 2]
-    soft_prompt = torch.randn(2, 4, 16)
-    nats = []
-    for row, word in ((0, 5), (0, 6), (0, 6), (1, 7)):
-        each = [
-            {
-                w: count * math.exp((decoder.gpt.wte.weight[w] @ s).item())
-                for w, count in ((5, 1), (6, 2), (7, 1))
-            }
-            for s in soft_prompt[row]
-        ]
-        nats.append(-math.log(sum(p[word] / sum(p.values()) for p in each) / 4))
-    ours = decoder.name_words(tokens, length, torch.tensor(split), soft_prompt)
-    assert ours.item() == pytest.approx(sum(nats) / 4, abs=1e-5)
-
-
 def test_eot_row_changes_the_last_row_of_the_output_layer_and_so_when_texts_end():
     torch.manual_seed(0)
     sizes = dict(vocab_size=9, n_positions=32, n_layer=1, n_head=2, n_embd=16)
-    gpt, untied, row = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False)), torch.randn(16)
+    gpt = GPT(GPTConfig(**sizes))
+    untied = GPT(GPTConfig(**sizes, tied=False))
+    row = torch.randn(16)
     head = gpt.wte.weight.detach().clone()
     head[-1] += row
     untied.load_state_dict(gpt.state_dict() | {"lm_head.weight": head})
@@ -245,9 +231,14 @@ def test_eot_row_changes_the_last_row_of_the_output_layer_and_so_when_texts_end(
 def test_every_weight_learns():
     """Except in the time embedding, which feeds layers that start at zero."""
     torch.manual_seed(0)
-    tokens, length, split = torch.randint(0, 97, (4, 30)), torch.full((4,), 30), torch.tensor([3, 0, 10, 20])
-    x, alpha2, no_prefix = torch.randn(4, 64), torch.rand(4), torch.tensor([True, False, False, False])
-    decoder, diffusion = small_decoder(), DiffusionTransformer(E=64, d=64, n=4, M=64)
+    tokens = torch.randint(0, 97, (4, 30))
+    length = torch.full((4,), 30)
+    split = torch.tensor([3, 0, 10, 20])
+    x = torch.randn(4, 64)
+    alpha2 = torch.rand(4)
+    no_prefix = torch.tensor([True, False, False, False])
+    decoder = small_decoder()
+    diffusion = DiffusionTransformer(E=64, d=64, n=4, M=64)
     decoder(tokens, length, split, x, alpha2).backward()
     diffusion(x, x.flip(0), alpha2, no_prefix).square().mean().backward()
     for net in (decoder, diffusion):
@@ -257,15 +248,19 @@ def test_every_weight_learns():
 
 def test_null_vector_stands_for_an_absent_prefix():
     net = DiffusionTransformer(E=64, d=64, n=2, M=64)
-    z, alpha2, no_prefix = torch.randn(2, 64), torch.rand(2), torch.tensor([True, True])
-    one, other = net(z, torch.randn(2, 64), alpha2, no_prefix), net(z, torch.randn(2, 64), alpha2, no_prefix)
+    z = torch.randn(2, 64)
+    alpha2 = torch.rand(2)
+    no_prefix = torch.tensor([True, True])
+    one = net(z, torch.randn(2, 64), alpha2, no_prefix)
+    other = net(z, torch.randn(2, 64), alpha2, no_prefix)
     torch.testing.assert_close(one, other)
 
 
 def test_the_papers_networks_have_the_official_tensors():
     """Shapes of the published architecture (E = d = 768), built without memory."""
     with torch.device("meta"):
-        net, generator = DiffusionTransformer(), PromptGenerator()
+        net = DiffusionTransformer()
+        generator = PromptGenerator()
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     assert shapes["widen_z.weight"] == (6144, 768) and shapes["inp_z.weight"] == (384, 96)
     assert shapes["widen_pref.weight"] == (3072, 768) and shapes["inp_pref.weight"] == (384, 48)
@@ -278,7 +273,9 @@ def test_the_papers_networks_have_the_official_tensors():
 
 
 def test_padding_is_never_a_target():
-    decoder, tokens, z = small_decoder(), torch.randint(0, 97, (1, 10)), torch.randn(1, 64)
+    decoder = small_decoder()
+    tokens = torch.randint(0, 97, (1, 10))
+    z = torch.randn(1, 64)
     other = tokens.clone()
     other[:, 4:] = 0
     for split in range(3):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import probes
-from model import DGLM, Probe
-from plumbing.guides import parse_guide
+from model import DGLM, Probe, parse_guide
 
 WRITES = {  # p(class) of the texts at each guidance weight, 0 first -> the weight that is found
     "more is better": ((0.2, 0.5, 0.7, 0.8, 0.9), 160),
@@ -44,7 +43,8 @@ def test_the_weight_is_the_one_with_the_most_control(case, monkeypatch, capsys):
         device="cpu",
     )
     monkeypatch.setattr(probes, "fit", fit)
-    texts, labels = [f"text {i}" for i in range(30)], ["no", "yes"] * 15
+    texts = [f"text {i}" for i in range(30)]
+    labels = ["no", "yes"] * 15
     assert probes.find_weights(model, e_all.numpy(), texts, labels, False)[1] == expected
     said = "even the best guide seldom makes a text yes" in capsys.readouterr().out
     assert said == (case == "never reached")
@@ -53,7 +53,8 @@ def test_the_weight_is_the_one_with_the_most_control(case, monkeypatch, capsys):
 def test_a_chosen_penalty_is_as_strong_on_half_of_the_rows(monkeypatch):
     """As on nine tenths: C multiplies a sum over rows, so a probe of fewer rows needs a larger one."""
     monkeypatch.setattr(probes, "inverse_penalty", 3.0)
-    e, labels = np.random.default_rng(0).standard_normal((40, 4)), ["no", "yes"] * 20
+    e = np.random.default_rng(0).standard_normal((40, 4))
+    labels = ["no", "yes"] * 20
     nine, five = (probes.fit(np.tile(e, (n, 1)), labels * n, False, surer) for n, surer in ((9, 1), (5, 1.8)))
     torch.testing.assert_close(nine.coef, five.coef, atol=1e-3, rtol=1e-3)
 
@@ -70,9 +71,10 @@ def test_a_text_counts_once(tmp_path):
 def test_the_probe_of_a_finished_model_knows_how_hard_to_steer(project):
     """Each class has a weight of its own, and it shows in a guide that says none."""
     probe = Probe.load(f"{project}/out/toy/probes/topic.npz")
-    assert len(probe.weight) == len(probe.classes) == 4 and set(probe.weight) <= set(probes.WEIGHTS)
+    assert len(probe.guidance_weights) == len(probe.classes) == 4
+    assert set(probe.guidance_weights) <= set(probes.WEIGHTS)
     model = DGLM(f"{project}/out/toy", "cpu")
-    for label, weight in zip(probe.classes, probe.weight):
+    for label, weight in zip(probe.classes, probe.guidance_weights):
         (guide,) = parse_guide(label, model.probes)
         assert guide.weight == weight
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import sample as sampling_script
-from model import Covariance, Probe, Sampling, alpha_sigma, predict, sample
-from plumbing.config import InputError
-from plumbing.guides import parse_guide
+from model import Covariance, Probe, Sampling, alpha_sigma, parse_guide, predict, sample
+from plumbing.errors import InputError
 
 
 def gaussian(mean, cov):
     """The ideal v for data N(mean, cov), in closed form."""
 
     def denoiser(z, x_pref, alpha2, no_prefix):
-        alpha, sigma = alpha2[0].sqrt(), (1 - alpha2[0]).sqrt()
+        alpha = alpha2[0].sqrt()
+        sigma = (1 - alpha2[0]).sqrt()
         gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(len(mean)))
         x = mean + (z - alpha * mean) @ gain.T
         return (alpha * z - x) / sigma.clamp(min=1e-6)
@@ -29,10 +29,12 @@ def gaussian(mean, cov):
 
 def mixture(means, deviation, shares):
     """The ideal v for data that is a mixture of N(mean_k, deviation^2)."""
-    means, shares = torch.as_tensor(means), torch.as_tensor(shares)
+    means = torch.as_tensor(means)
+    shares = torch.as_tensor(shares)
 
     def denoiser(z, x_pref, alpha2, no_prefix):
-        alpha, sigma = alpha2[:1].sqrt(), (1 - alpha2[:1]).sqrt()
+        alpha = alpha2[:1].sqrt()
+        sigma = (1 - alpha2[:1]).sqrt()
         total = (alpha * deviation) ** 2 + sigma**2
         log_w = shares.log() - (z[:, None] - alpha * means).square().sum(-1) / (2 * total)
         at = means + alpha * deviation**2 / total * (z[:, None] - alpha * means)  # E[x | z, component]
@@ -49,7 +51,8 @@ PAPER = {"sampler": "ddpm", "steps": 250}
 
 def draw(denoiser, n, guides=(), covariance=UNIT, seed=0, **options):
     """n samples in the plane; options: of `Sampling`, whose default sampler and steps hold otherwise."""
-    no_prefix, sampling = torch.zeros(n, dtype=torch.bool), Sampling(cfg_scale=1, **options)
+    no_prefix = torch.zeros(n, dtype=torch.bool)
+    sampling = Sampling(cfg_scale=1, **options)
     generator = torch.Generator().manual_seed(seed)
     return sample(denoiser, torch.zeros(n, 2), no_prefix, sampling, guides, covariance, generator)
 
@@ -70,13 +73,15 @@ def test_the_default_sampler_is_its_recursion_written_out():
     """Algorithm 2 of DPM-Solver++ from -2 to 1 in steps of 1 of lambda = log(alpha / sigma). For data
     N(0, I), x is alpha z.
     """
-    z, before = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), None
+    z = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    before = None
     for half in (-2, -1, 0, 1):
         alpha, sigma = (1 / math.sqrt(1 + math.exp(-2 * sign * half)) for sign in (1, -1))
         alpha_next, sigma_next = (1 / math.sqrt(1 + math.exp(-2 * sign * (half + 1))) for sign in (1, -1))
         x = alpha * z
         ahead = x if before is None else 1.5 * x - 0.5 * before
-        z, before = sigma_next / sigma * z - alpha_next * math.expm1(-1) * ahead, x
+        z = sigma_next / sigma * z - alpha_next * math.expm1(-1) * ahead
+        before = x
     torch.testing.assert_close(draw(gaussian(torch.zeros(2), torch.eye(2)), 9), x, atol=1e-5, rtol=0)
 
 
@@ -86,7 +91,8 @@ def test_samplers_recover_a_gaussian(sampler, steps):
     alpha sqrt(C / (alpha^2 C + sigma^2)) of the mean, 16 % and 4 % along the axes. The samples are E[x | z_t]
     of the second to last level, which narrows the narrow axis a little.
     """
-    mean, cov = torch.tensor([1.0, -0.5]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])
+    mean = torch.tensor([1.0, -0.5])
+    cov = torch.tensor([[1.0, 0.6], [0.6, 0.5]])
     x = draw(gaussian(mean, cov), 20_000, sampler=sampler, steps=steps)
     if sampler == "dpm++":
         alpha, sigma = alpha_sigma(torch.tensor(-4.0))
@@ -106,8 +112,11 @@ def shares(request):
     """Share of samples in the right one of two components, by guidance weight, and the posterior's true
     share.
     """
-    means, deviation, n = [[-1.0, 0.0], [1.0, 0.0]], 0.5, 4000
-    denoiser, found = mixture(means, deviation, [0.5, 0.5]), {}
+    means = [[-1.0, 0.0], [1.0, 0.0]]
+    deviation = 0.5
+    n = 4000
+    denoiser = mixture(means, deviation, [0.5, 0.5])
+    found = {}
     for weight in (0.0, 0.5, 1.0, 2.0, 5.0):
         guides = [(log_p_right, weight)] if weight else []
         covariance = Covariance(torch.tensor([1.25, 0.25]), torch.eye(2))
@@ -147,7 +156,8 @@ def test_guides_add_and_log_linear_ones_shift_the_mean(way):
 def guided(denoiser, z, log_snr, guides, way, covariance=UNIT, points=32):
     """-> x and eps of one prediction at z (B, 2)."""
     nothing = torch.zeros(len(z), 2), torch.zeros(len(z), dtype=torch.bool)
-    sampling, rng = Sampling(cfg_scale=1, guide_through=way), torch.Generator().manual_seed(0)
+    sampling = Sampling(cfg_scale=1, guide_through=way)
+    rng = torch.Generator().manual_seed(0)
     x, eps = predict(denoiser, z, log_snr.expand(len(z)), *nothing, sampling, guides, covariance, rng, points)
     assert not x.requires_grad and not eps.requires_grad  # no graph grows from step to step
     return x, eps
@@ -159,14 +169,19 @@ def test_a_guided_mean_is_the_posterior_mean_of_gaussian_data(way, log_snr, narr
     """Data N(m, C), p(y | x) = exp(a x): E[x | z_t, y] = E[x | z_t] + Cov[x | z_t] a, with
     Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1. Both ways are exact, wherever the axes of C lie.
     """
-    z, log_snr, slope = torch.tensor([[0.3, -0.2]]), torch.tensor([log_snr]), torch.tensor([1.0, -0.5])
-    variances, angle = torch.tensor([narrow, wide]), torch.tensor(angle)
+    z = torch.tensor([[0.3, -0.2]])
+    log_snr = torch.tensor([log_snr])
+    slope = torch.tensor([1.0, -0.5])
+    variances = torch.tensor([narrow, wide])
+    angle = torch.tensor(angle)
     axes = torch.stack((angle.cos(), angle.sin(), -angle.sin(), angle.cos())).view(2, 2)
     C = axes * variances @ axes.T
-    denoiser, guides = gaussian(torch.tensor([0.5, -1.0]), C), [(lambda x: x @ slope, 1.0)]
+    denoiser = gaussian(torch.tensor([0.5, -1.0]), C)
+    guides = [(lambda x: x @ slope, 1.0)]
     x, _ = guided(denoiser, z, log_snr, [], way)
     found, _ = guided(denoiser, z, log_snr, guides, way, Covariance(variances, axes))
-    alpha2, sigma2 = log_snr.sigmoid(), (-log_snr).sigmoid()
+    alpha2 = log_snr.sigmoid()
+    sigma2 = (-log_snr).sigmoid()
     moved = sigma2 * C @ torch.linalg.inv(alpha2 * C + sigma2 * torch.eye(2)) @ slope
     torch.testing.assert_close(found, x + moved, atol=1e-3, rtol=1e-3)
 
@@ -174,13 +189,18 @@ def test_a_guided_mean_is_the_posterior_mean_of_gaussian_data(way, log_snr, narr
 @pytest.mark.parametrize("log_snr", [-3.0, 0.0, 2.0])
 def test_at_the_estimate_that_holds_for_probes_of_any_shape(log_snr):
     """p(y | x) = exp(-(a x - 1)^2 / 2): the points lie as far apart as Cov[x | z_t] says, along each axis."""
-    z, log_snr, a = torch.tensor([[0.3, -0.2]]), torch.tensor([log_snr]), torch.tensor([1.0, -0.5])
-    variances, axes = torch.tensor([0.1, 5.0]), torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    z = torch.tensor([[0.3, -0.2]])
+    log_snr = torch.tensor([log_snr])
+    a = torch.tensor([1.0, -0.5])
+    variances = torch.tensor([0.1, 5.0])
+    axes = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
     C = axes * variances @ axes.T
-    denoiser, guides = gaussian(torch.tensor([0.5, -1.0]), C), [(lambda x: -((x @ a - 1) ** 2) / 2, 1.0)]
+    denoiser = gaussian(torch.tensor([0.5, -1.0]), C)
+    guides = [(lambda x: -((x @ a - 1) ** 2) / 2, 1.0)]
     x, _ = guided(denoiser, z, log_snr, [], "estimate")
     found, _ = guided(denoiser, z, log_snr, guides, "estimate", Covariance(variances, axes), points=200_000)
-    alpha2, sigma2 = log_snr.sigmoid(), (-log_snr).sigmoid()
+    alpha2 = log_snr.sigmoid()
+    sigma2 = (-log_snr).sigmoid()
     cov = sigma2 * C @ torch.linalg.inv(alpha2 * C + sigma2 * torch.eye(2))
     torch.testing.assert_close(found, x + cov @ a * (1 - x @ a) / (1 + a @ cov @ a), atol=0.02, rtol=0)
 
@@ -189,7 +209,8 @@ def test_at_the_estimate_that_holds_for_probes_of_any_shape(log_snr):
 def test_guidance_is_the_log_of_the_mean_likelihood(way):
     """At one noise level, against the gradient of log E[p(y | x)] computed with very many points."""
     denoiser = mixture([[-1.0, 0.0], [1.0, 0.0]], 0.5, [0.5, 0.5])
-    z, log_snr = torch.tensor([[0.3, -0.2]]), torch.tensor([0.5])
+    z = torch.tensor([[0.3, -0.2]])
+    log_snr = torch.tensor([0.5])
     _, plain = guided(denoiser, z, log_snr, [], way)
     _, found = guided(denoiser, z, log_snr, [(log_p_right, 3.0)], way, points=200_000)
 
@@ -253,8 +274,22 @@ def test_steering_away_is_towards_all_other_classes():
     """log(1 - p(class))."""
     three = Probe("mood", ["a", "b", "c"], torch.randn(3, 2), torch.randn(3), "encoder", [20.0] * 3)
     e = torch.randn(5, 2)
-    (towards,), (away,) = parse_guide("b", [three]), parse_guide("not-b", [three])
+    (towards,) = parse_guide("b", [three])
+    (away,) = parse_guide("not-b", [three])
     torch.testing.assert_close(away.log_prob(e).exp(), 1 - towards.log_prob(e).exp())
+
+
+def test_a_class_is_looked_up_in_the_probe_that_is_named():
+    """Even if another probe has a class called not-sunny."""
+    weather = probe("weather", "sunny", "rainy")
+    odd = probe("odd", "not-sunny", "fine")
+    read = [parse_guide(f"{name}=not-sunny", [weather, odd])[0] for name in ("weather", "odd")]
+    assert [(each.probe.name, each.label, each.away) for each in read] == [
+        ("weather", 0, True),
+        ("odd", 0, False),
+    ]
+    with pytest.raises(InputError, match="say weather=not-sunny or odd=not-sunny"):
+        parse_guide("not-sunny", [weather, odd])
 
 
 @pytest.mark.parametrize(

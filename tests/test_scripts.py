@@ -18,6 +18,7 @@ from conftest import (
     flip_a_bit,
     in_one,
     kill_when,
+    python,
     run_here,
 )
 
@@ -65,7 +66,7 @@ def test_sample_writes_what_it_promises_and_the_grammar_grades_it(project, steer
         assert row["guide"] == "sentiment=negative" and row["seed"] == 5
         assert set(row["probes"]) == {"sentiment", "topic"}
         assert sum(row["probes"]["sentiment"].values()) == pytest.approx(1, abs=1e-3)
-    _, table, _ = call(project, "prepare.py --grade sentiment=negative.jsonl")
+    table = python("-m plumbing.toy --grade sentiment=negative.jsonl", project).splitlines()
     assert table[1].split()[:2] == ["sentiment=negative", "40"] and len(table) == 2
 
 
@@ -150,7 +151,8 @@ def test_guides_know_the_covariance_of_the_data(project, monkeypatch):
     encoder's dead dimensions; MiniLM has three.
     """
     monkeypatch.chdir(project)
-    model, data = DGLM("out/toy", "cpu"), Data("toy")
+    model = DGLM("out/toy", "cpu")
+    data = Data("toy")
     (x,) = data.rows("train", np.arange(data.size["train"]), ("cont_emb",), "cpu")
     variance, axes = model.covariance
     torch.testing.assert_close(axes * variance @ axes.T, x.T.cov(), atol=1e-3, rtol=0)
@@ -176,8 +178,8 @@ DECODER = f"train_decoder.py {TOY} --out_dir=out/x"
 
 BAD = [
     ("sample.py --num_sample=3", "did you mean num_samples?"),
-    ("sample.py --steps=0", "steps=0: must be from 1"),
-    ("sample.py --num_samples=0", "num_samples=0: must be above 0"),
+    ("sample.py --steps=0", "steps=0: must be at least 1"),
+    ("sample.py --num_samples=0", "num_samples=0: must be at least 1"),
     ("sample.py --guide_through=probe", "guide_through: use network or estimate"),
     ("sample.py --sampler=euler", "sampler=euler: use ddpm, ddim or dpm++"),
     ("sample.py --seed=-1", "seed=-1"),
@@ -206,12 +208,12 @@ BAD = [
     (f"{DECODER} --init_from=data/toy", "config.json"),
     (f"{DECODER} --init_from=nowhere.gguf", "nowhere.gguf"),
     ("prepare.py --dataset=blank.txt,nowhere.txt", "there is no dataset 'nowhere.txt'"),
-    (f"{DECODER} --batch_size=0", "batch_size=0: must be above 0"),
+    (f"{DECODER} --batch_size=0", "batch_size=0: must be at least 1"),
     (f"{DECODER} --learning_rate=inf --eval_interval=1 --eval_rows=8", "the loss is not finite"),
     (f"train_decoder.py {TOY} --n_embd=192", "made with another architecture"),
     (f"train_diffusion.py {TOY} --muon=0.02", "made with another optimizer"),
-    ("train_diffusion.py config/toy.py --out_dir=out/x --width=100", "must be a multiple of 64"),
-    ("train_diffusion.py config/toy.py --out_dir=out/x --null_probability=2", "must be from 0 to 1"),
+    ("train_diffusion.py config/toy.py --out_dir=out/x --width=100", "width=100: must be at least"),
+    ("train_diffusion.py config/toy.py --out_dir=out/x --null_probability=2", "must be at least 0, at most"),
 ]
 
 
@@ -284,7 +286,8 @@ def test_what_is_damaged_or_does_not_belong_together_is_named(project, change, p
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stands(project, undisturbed, call):
     shutil.copytree(project / "out/whole", project / "out/full")
-    before, (soft, hard) = digest(project / "out/full"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = digest(project / "out/full")
+    (soft, hard) = resource.getrlimit(resource.RLIMIT_FSIZE)
     command = f"{TRAININGS['decoder']} --out_dir=out/full --max_iters=21"
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:

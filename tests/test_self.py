@@ -54,8 +54,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(writers, tmp_path):
     command = f"{SELF} plain --max_documents=150"
     (writers / "data/self").rename(tmp_path / "other")
     run_here(writers, command, SHARD=64)
-    whole = digest(writers / "data/self")
-    (writers / "data/self").rename(tmp_path / "whole")
+    undisturbed = digest(writers / "data/self")
+    (writers / "data/self").rename(tmp_path / "undisturbed")
 
     def stop(folder, parts):
         raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(writers, tmp_path):
     assert len(parts) > 1
     parts[-1].unlink()
     run_here(writers, command, SHARD=64)
-    assert digest(writers / "data/self") == whole
+    assert digest(writers / "data/self") == undisturbed
 
 
 def test_self_takes_turns_with_other_text(writers, monkeypatch):

@@ -1,14 +1,18 @@
 """From text to tokens and windows, whatever the text. Run: python -m pytest tests/test_text.py"""
 
+import base64
 import itertools
 import os
+import shutil
 
 import numpy as np
 import pytest
+from conftest import copy_scripts
 from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
+from plumbing.corpora import text_files
 from plumbing.text import Tokenizer
 from plumbing.toy import grade_text, toy_documents, toy_ranks
 
@@ -32,9 +36,8 @@ def test_windows_hold_all_of_any_text_and_what_follows_each(text):
     found = [(window[:-1], window[-1], split) for window, split in prepare.windows(BPE, BOUNDARIES, text, 0)]
     assert all(0 <= split < len(window) for window, _, split in found)
     assert BPE.eot_token not in [token for window, *_ in found for token in window]
-    assert [next_token == BPE.eot_token for _, next_token, _ in found] == [False] * (len(found) - 1) + [
-        True
-    ] * bool(found)
+    ends = [next_token == BPE.eot_token for _, next_token, _ in found]
+    assert not any(ends[:-1]) and all(ends[-1:])
     said = BPE.decode([token for window, *_ in found for token in window])
     assert "".join(said.split()) == "".join(text.split())
 
@@ -42,9 +45,9 @@ def test_windows_hold_all_of_any_text_and_what_follows_each(text):
 def test_an_unfinished_text_gives_one_window_that_ends_where_a_reader_would_cut_it(monkeypatch):
     """And no <|endoftext|>."""
     monkeypatch.setattr(prepare, "block_size", 30)
-    whole = " ".join(text for text, *_ in itertools.islice(toy_documents(0), 3))
+    finished = " ".join(text for text, *_ in itertools.islice(toy_documents(0), 3))
     for size in range(20, 32):
-        text = BPE.decode(BPE.encode_ordinary(whole)[:size])
+        text = BPE.decode(BPE.encode_ordinary(finished)[:size])
         ((window, _),) = prepare.windows(BPE, BOUNDARIES, text, 0, complete=False)
         assert BPE.eot_token not in window
         assert BPE.decode(window[:-1].tolist())[-1] in ".!?" or BPE.decode(window[-1:].tolist())[0] == " "
@@ -58,7 +61,8 @@ def test_windows_keep_all_words_and_begin_as_a_prefix_does(size, number):
     text = " ".join(document for document, *_ in itertools.islice(toy_documents(number), 5))
     tokens = [*BPE.encode_ordinary(text), BPE.eot_token]
     cut = list(prepare.cut(np.array(tokens), size, BOUNDARIES))
-    windows, following = [window[:-1] for window in cut], [window[-1] for window in cut]
+    windows = [window[:-1] for window in cut]
+    following = [window[-1] for window in cut]
     texts = [BPE.decode(window) for window in windows]
     assert max(map(len, windows)) <= size
     assert not any(t.startswith(" ") for t in texts)
@@ -104,3 +108,28 @@ def test_several_paths_take_turns(tmp_path, monkeypatch):
     texts, hashes = prepare.documents()
     assert [text.strip() for text in texts] == ["a0", "b0", "a1", "b1", "b2", "b3"]
     assert len(set(hashes)) == 3
+
+
+def test_hidden_files_in_a_folder_are_left_out(tmp_path):
+    """Those of macOS, of editors and of git; one that is named itself is read."""
+    for path in ("a.txt", "sub/b.jsonl", "._a.txt", ".hidden.txt", ".git/c.txt", "sub/._b.jsonl"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("text")
+    assert text_files(str(tmp_path)) == [f"{tmp_path}/a.txt", f"{tmp_path}/sub/b.jsonl"]
+    assert text_files(f"{tmp_path}/.hidden.txt") == [f"{tmp_path}/.hidden.txt"]
+
+
+def test_prepare_counts_the_texts_that_are_longer_than_the_encoder_reads(tmp_path, call):
+    """MiniLM reads 256 of its tokens."""
+    scripts = copy_scripts(tmp_path)
+    ranks = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in RANKS.items())
+    (scripts / "toy.tiktoken").write_text("".join(ranks))
+    texts = [f"{'chef ' * 150}{number}." for number in range(60)] + ["I loved the " + "bread " * 520]
+    (scripts / "mine.txt").write_text("\n\n".join(texts))
+    command = (
+        "prepare.py --dataset=mine.txt --encoder=all-MiniLM-L6-v2 --tokenizer=toy.tiktoken --val_every=9"
+    )
+    _, lines, _ = call(scripts, f"{command} --block_size=600")
+    assert lines[0] == "1 texts are longer than the encoder reads: their ends do not count"
+    shutil.rmtree(scripts / "data")
+    assert len(call(scripts, f"{command} --block_size=88")[1]) == 1

@@ -1,22 +1,12 @@
-"""Writing with a GPT: a key-value cache, the choice of each token, and the loop."""
+"""Writing token after token: a key-value cache, the choice of each token, and the loop."""
 
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.config import check
-
-
-def insert(rows, block, at):
-    """rows (B, T, ...), block (B, K, ...) -> (B, T + K, ...): row i with its block before element at[i].
-
-    [a b c] and [s s] at 2 -> [a b s s c].
-    """
-    T, K, rest = rows.shape[1], block.shape[1], rows.shape[2:]
-    column, at = torch.arange(T + K, device=rows.device), at[:, None]
-    source = torch.where(column < at, column, torch.where(column < at + K, T + column - at, column - K))
-    source = source.view(*source.shape, *[1] * len(rest)).expand(-1, -1, *rest)
-    return torch.cat((rows, block), dim=1).gather(1, source)
+from plumbing.devices import uniform
+from plumbing.errors import check
 
 
 class Reader:
@@ -29,28 +19,34 @@ class Reader:
 
     @torch.no_grad()
     def __init__(self, gpt, prompts, max_new_tokens, soft_prompt=None, soft_first=False, eot_row=None):
-        device, B = next(gpt.parameters()).device, len(prompts)
+        self.gpt = gpt
+        self.eot_row = eot_row
+        device = next(gpt.parameters()).device
         K = 0 if soft_prompt is None else soft_prompt.shape[1]
         room = gpt.config.n_positions - K - max_new_tokens
         check(room > 0, f"max_new_tokens={max_new_tokens} is more than this decoder can write at once")
         if K == 0:  # the first token must follow something
             prompts = [prompt or [gpt.config.vocab_size - 1] for prompt in prompts]
-        prompts = [prompt[-room:] for prompt in prompts]
-        T = max(1, *map(len, prompts))  # a column to begin with, even if it is padding
-        longest = T + K + max_new_tokens
-        self.gpt, self.eot_row, self.filled = gpt, eot_row, T + K
 
-        self.pad = torch.tensor([T - len(p) for p in prompts], device=device)
-        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-        self.h = gpt.wte(tokens)
-        if K:
-            at = self.pad if soft_first else torch.full_like(self.pad, T)
-            self.h = insert(self.h, soft_prompt.to(self.h), at)
+        # what is read first: the embeddings of each prompt and its soft tokens, padded on the left
+        rows = [gpt.wte(torch.tensor(prompt[-room:], dtype=torch.long, device=device)) for prompt in prompts]
+        if K > 0:
+            soft_prompt = soft_prompt.to(gpt.wte.weight.dtype)
+            if soft_first:
+                rows = [torch.cat((soft, row)) for soft, row in zip(soft_prompt, rows)]
+            else:
+                rows = [torch.cat((row, soft)) for soft, row in zip(soft_prompt, rows)]
+        self.h = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, T, n_embd)
+        B, T, _ = self.h.shape
+        self.pad = torch.tensor([T - len(row) for row in rows], device=device)
+        self.filled = T  # columns of the cache
+
+        longest = T + max_new_tokens
         column = torch.arange(longest, device=device)
         self.usable = (column >= self.pad[:, None])[:, None, None]  # (B, 1, 1, longest), False for padding
-        here = column[: T + K]
+        here = column[:T]
         self.positions = (here - self.pad[:, None]).clamp(min=0)
-        self.mask = self.usable[..., : T + K] & (here <= here[:, None])  # (B, 1, T + K, T + K), causal
+        self.mask = self.usable[..., :T] & (here <= here[:, None])  # (B, 1, T, T), causal
         self.mask |= here == here[:, None]  # padding attends to itself, or its softmax would be NaN
         sizes = [(block.attn.n_kv_head, longest, block.attn.head) for block in gpt.h]
         self.cache = [self.h.new_empty(2, B, *size) for size in sizes]
@@ -59,13 +55,22 @@ class Reader:
     def __call__(self, token=None):
         """The token (B,) that follows (none at the first call) -> logits (B, vocab_size) of the next."""
         if token is not None:
-            self.h, self.positions = self.gpt.wte(token)[:, None], (self.filled - self.pad)[:, None]
+            self.h = self.gpt.wte(token)[:, None]
+            self.positions = (self.filled - self.pad)[:, None]
             self.filled += 1
             self.mask = self.usable[..., : self.filled]
-        inputs = self.h, self.positions, self.mask, self.cache, self.filled
         last = torch.zeros_like(self.positions, dtype=torch.bool)
         last[:, -1] = True
-        return self.gpt(*inputs, keep=last, eot_row=self.eot_row).float()
+        logits = self.gpt(
+            self.h,
+            positions=self.positions,
+            mask=self.mask,
+            cache=self.cache,
+            filled=self.filled,
+            keep=last,
+            eot_row=self.eot_row,
+        )
+        return logits.float()
 
 
 def likeliest(logits, top_k, top_p, temperature):
@@ -76,10 +81,13 @@ def likeliest(logits, top_k, top_p, temperature):
     vocab_size = logits.shape[-1]
     k = min(top_k or vocab_size, vocab_size)
     if k == vocab_size and top_p == 1:  # the order does not matter, and takes long to find
-        return torch.arange(k, device=logits.device).expand_as(logits), (logits / temperature).softmax(-1)
+        tokens = torch.arange(k, device=logits.device).expand_as(logits)
+        return tokens, (logits / temperature).softmax(-1)
     logits, tokens = logits.topk(k)
     p = (logits / temperature).softmax(-1)  # falling
-    return tokens, p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0) if top_p < 1 else p
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    return tokens, p
 
 
 def pick(logits, seen, sampling, rng):
@@ -89,35 +97,40 @@ def pick(logits, seen, sampling, rng):
     Temperature 0 takes the very likeliest.
     """
     penalty = sampling.repetition_penalty
-    logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    logits = torch.where(seen, penalised, logits)
     if sampling.temperature < 1e-6:
         return logits.argmax(-1)
     tokens, p = likeliest(logits, sampling.top_k, sampling.top_p, sampling.temperature)
-    return tokens.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1)
+    cumulative = p.cumsum(-1)
+    drawn = uniform(rng, (len(p), 1), p.device) * cumulative[:, -1:]
+    index = (cumulative <= drawn).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return tokens.gather(1, index).squeeze(1)
 
 
 @torch.no_grad()
-def decode(next_logits, max_new_tokens, sampling, stop=None, rng=None, earlier=()):
+def draw_tokens(next_logits, max_new_tokens, sampling, stop=None, rng=None, earlier=()):
     """Draws token after token -> the new tokens of each row, a list of lists that end before `stop`.
 
     next_logits: takes the last tokens (B,), or None at first, and gives logits (B, V): a `Reader`, or several
     combined. sampling: a `Sampling`; its repetition penalty covers the new tokens, and the lists `earlier`.
     """
-    logits, new = next_logits(None), []
+    logits = next_logits(None)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, tokens in zip(seen, earlier):
         row[tokens] = True
     done = seen.new_zeros(len(logits))
+    drawn = []
     while True:
         if stop is not None and not sampling.may_end:
             logits[:, stop] = -math.inf
         token = pick(logits, seen, sampling, rng)
-        new.append(token)
+        drawn.append(token)
         if stop is not None:
             done |= token == stop  # whatever follows in that row is cut off below
-        if done.all() or len(new) >= max_new_tokens:
+        if done.all() or len(drawn) >= max_new_tokens:
             break
         seen.scatter_(1, token[:, None], True)
         logits = next_logits(token)
-    rows = torch.stack(new, dim=1).tolist()
+    rows = torch.stack(drawn, dim=1).tolist()
     return [row[: row.index(stop)] if stop in row else row for row in rows]

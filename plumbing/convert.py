@@ -5,14 +5,14 @@ Weights get the names of `model.GPT`, and tokens are numbered in merge order, wi
 
 import glob
 import os
-import sys
 from contextlib import suppress
 
 import torch
 
-from plumbing.bpe import gguf_path, read_bpe, read_gguf
-from plumbing.config import InputError, check, reported_as
+from plumbing.bpe import read_bpe
+from plumbing.errors import InputError, check, reported_as
 from plumbing.files import hub_folder, load_weights, save_weights, sha256
+from plumbing.gguf_files import from_gguf, gguf_path, read_gguf
 
 LLAMA_BLOCK = {  # a weight of our block: the weights of transformers that it joins
     "ln_1": ["input_layernorm"],
@@ -39,7 +39,7 @@ def source_sha256(name):
 def read_pretrained(name, renumber=True):
     """What `GPT.from_pretrained` takes -> the fields of its GPTConfig, its weights by our names, in fp32.
 
-    A .gguf file takes half a minute to dequantise, so the result is kept in the user's cache folder,
+    A .gguf file takes some seconds to dequantise, so the result is kept in the user's cache folder,
     unless its tokens keep their own numbers.
     """
     path = source(name)
@@ -51,18 +51,19 @@ def read_pretrained(name, renumber=True):
         meta, weights = load_weights(cache, digest)
         return meta["config"], weights
     except InputError:  # not there yet, damaged, or written by another version
-        print(f"converting {path} (only the first time)", file=sys.stderr)
-    config, weights = convert(name, path, renumber)
+        config, weights = convert(name, path, renumber)
     with suppress(InputError, OSError):  # without a place to keep it, it is converted each time
         os.makedirs(cache, exist_ok=True)
         save_weights(cache, digest, weights, {"config": config})
     return config, weights
 
 
-def load_whole(name, path):
+def load_transformers(name, path):
     """A language model of transformers from a hub name, folder or .gguf file, in fp32. Raises InputError."""
+    import transformers.utils.logging
     from transformers import AutoModelForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     options = {"dtype": torch.float32, "output_loading_info": True}
     if path.endswith(".gguf"):
         path, options["gguf_file"] = os.path.split(os.path.abspath(path))
@@ -80,24 +81,31 @@ def load_tokenizer(name):
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from transformers import AutoTokenizer
 
-    folder, file = name, {"padding_side": "left"}
-    if path := gguf_path(name):
+    folder = name
+    file = {}
+    path = gguf_path(name)
+    if path:
         folder, file["gguf_file"] = os.path.split(os.path.abspath(path))
     with reported_as(f"cannot load {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
     if path:  # transformers' conversion of a .gguf file loses how its tokenizer splits text
-        splitter = Split(tokenizers.Regex(read_gguf(path)[2]), "isolated")
-        whole = Sequence([splitter, ByteLevel(add_prefix_space=False, use_regex=False)])
-        tokenizer.backend_tokenizer.pre_tokenizer = whole
+        _, _, pattern = read_gguf(path)
+        splitter = Split(tokenizers.Regex(pattern), "isolated")
+        bytes_of = ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([splitter, bytes_of])
     return tokenizer
 
 
 def convert(name, path, renumber):
-    """Reads a folder or .gguf file with transformers, then renames weights and renumbers tokens."""
-    theirs = load_whole(name, path)
-    kind, tensors = theirs.config.model_type, theirs.state_dict()
-    check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
-    config, weights = (from_gpt2 if kind == "gpt2" else from_llama)(name, theirs.config, tensors)
+    """Reads a folder with transformers, or a .gguf file; then renames weights and renumbers tokens."""
+    if path.endswith(".gguf"):
+        config, weights = from_gguf(name, path)
+    else:
+        theirs = load_transformers(name, path)
+        kind = theirs.config.model_type
+        check(kind in ("gpt2", "llama"), f"{name} is neither a GPT-2 nor a Llama, but {kind}")
+        rename = from_gpt2 if kind == "gpt2" else from_llama
+        config, weights = rename(name, theirs.config, theirs.state_dict())
     if renumber and (path.endswith(".gguf") or os.path.exists(f"{path}/tokenizer.json")):
         _, order, _ = read_bpe(path)
         fits = max(order) < len(weights["wte.weight"])
@@ -125,7 +133,8 @@ def from_gpt2(name, theirs, tensors):
     }
     refuse(name, features)
     sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    config = {size: getattr(theirs, size) for size in sizes} | {"norm_eps": theirs.layer_norm_epsilon}
+    config = {size: getattr(theirs, size) for size in sizes}
+    config["norm_eps"] = theirs.layer_norm_epsilon
     weights = {k.removeprefix("transformer."): w for k, w in tensors.items() if k != "lm_head.weight"}
     for key in weights:
         if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
