@@ -513,13 +513,15 @@ def main(settings):
     folder, which = pick_model(out_dir)
     model = DGLM(folder, device)
     print(which, file=sys.stderr)
-    labels = []
+    labels = []  # the classes that texts will be steered to
     if "control" in wanted:
         labels += items(attributes)
     if "compose" in wanted:
         labels += items(pairs.replace("+", ","))
-    guided = labels + items(attributes)[:1] if "runtime" in wanted else labels
-    parse_guide(",".join(guided), model.probes)  # reports at once what no probe has
+    guides = list(labels)
+    if "runtime" in wanted:
+        guides.append(items(attributes)[0])
+    parse_guide(",".join(guides), model.probes)  # reports at once what no probe has
     decisive = what_decides(settings, model)
     bench = load_bench(model, wanted, labels)
 

@@ -42,7 +42,7 @@ watch = False  # show every step for the first text of each batch: lambda, p(gui
 batch_size = 64  # texts at a time [at least 1]
 out = ""  # a JSON-lines file for the texts and what the probes say about them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-seed = 1337  # fixes everything
+seed = 1337  # fixes everything: a text does not depend on what else is written
 
 
 def main(settings):
@@ -70,8 +70,8 @@ def main(settings):
     written = []
     try:
         for before, (text, proposal) in zip(befores, texts):
-            progress.write(" ".join((before + text).split()))
             written.append((text, proposal))
+            progress.write(" ".join((before + text).split()))
     finally:  # interrupted, it keeps what is written so far
         progress.close()
         if out and written:
