@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and method.md into docs/, from the repository's root: python docs/figures.py
+"""Draws the pictures of README.md and method.md, from the root of the repository: python docs/figures.py
 
 No data is needed. The pictures show the shipped models, figures measured earlier, or data whose best denoiser
 is a formula.
