@@ -149,7 +149,7 @@ def noise():
     for ax, top in zip(axes, (1.5, 0.24, 1.5)):
         ax.set(xlim=(-15, 15), ylim=(0, top), xlabel="noise level λ = log(α²/σ²):  noisy ← → clean")
         ax.set_yticks([0, top / 3, top / 1.5])
-        ax.legend(loc="upper left", fontsize=9)
+        ax.legend(loc="upper left", fontsize=8.5)
 
 
 def gaussian_error(log_snr, variance):
@@ -189,10 +189,10 @@ def errors(ax, levels, bins, variance, trained):
     ax.plot(levels, nano.loss_weight(levels), label="weight φ")
     alpha, sigma = nano.alpha_sigma(levels)
     best = (variance / (alpha**2 * variance + sigma**2)).mean(-1)
-    ax.plot(levels, best, color=GREY, label="error of the best denoiser, Gaussian data")
-    ax.plot(levels, bins.value, color=GREEN, label="weight × this error, as NoiseBins finds it")
+    ax.plot(levels, best, color=GREY, label="error of the best denoiser of Gaussian data")
+    ax.plot(levels, bins.value, color=GREEN, label="weight × this error, from NoiseBins")
     measured = [trained[name] for name in VAL_LOG_SNR]
-    ax.plot(VAL_LOG_SNR.values(), measured, "ko", ms=4, label="error of the trained English model")
+    ax.plot(VAL_LOG_SNR.values(), measured, "ko", ms=4, clip_on=False, label="error of the English model")
     ax.set(title="Where the loss is", ylabel="squared error of v per dimension")
 
 

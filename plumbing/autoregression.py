@@ -103,8 +103,10 @@ def pick(logits, seen, sampling, rng):
         return logits.argmax(-1)
     tokens, p = likeliest(logits, sampling.top_k, sampling.top_p, sampling.temperature)
     cumulative = p.cumsum(-1)
-    drawn = uniform(rng, (len(p), 1), p.device) * cumulative[:, -1:]
-    index = (cumulative <= drawn).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    drawn = uniform(rng, (len(p), 1), p.device) * total
+    drawn = drawn.minimum(total.nextafter(torch.zeros_like(total)))  # rounding must not reach p = 0
+    index = (cumulative <= drawn).sum(-1, keepdim=True)
     return tokens.gather(1, index).squeeze(1)
 
 
