@@ -103,7 +103,9 @@ class NoiseBins(nn.Module):
 
     def update(self, log_snr, loss):
         """Moves the bins that the batch touched towards the mean of its weighted losses there."""
-        index = (log_snr / (2 * MAX_LOG_SNR) + 0.5).mul(len(self.value)).long().clamp(0, len(self.value) - 1)
+        num_bins = len(self.value)
+        share = log_snr / (2 * MAX_LOG_SNR) + 0.5  # from 0 to 1
+        index = (share * num_bins).long().clamp(0, num_bins - 1)
         finite = loss.isfinite()  # the optimizer skips a step that overflowed, too
         mean = self.value.scatter_reduce(0, index[finite], loss[finite], "mean", include_self=False)
         self.value.lerp_(mean, 0.1)  # other bins are their own mean
@@ -217,7 +219,7 @@ class PromptGenerator(nn.Module):
         self.inp = nn.Linear(4 * E // K, d)
         self.transformer = Transformer(d, n, K)
         self.out = nn.Linear(d, n_embd)
-        # a frozen decoder may never end a text: this is added to its output row of <|endoftext|>
+        # a frozen decoder would rarely end a text: this is added to its output row of <|endoftext|>
         self.eot_row = nn.Parameter(torch.zeros(n_embd)) if frozen else None
 
     def forward(self, z, alpha2):
@@ -440,9 +442,10 @@ def insert(rows, block, at):
     K = block.shape[1]
     column = torch.arange(T + K, device=rows.device)
     at = at[:, None]
+    in_block = (column >= at) & (column < at + K)
     # where each element comes from, in rows followed by block
-    source = torch.where(column < at + K, T + column - at, column - K)
-    source = torch.where(column < at, column, source)
+    source = torch.where(column < at, column, column - K)
+    source = torch.where(in_block, T + column - at, source)
     rest = rows.shape[2:]
     source = source.view(*source.shape, *[1 for _ in rest]).expand(-1, -1, *rest)
     return torch.cat((rows, block), dim=1).gather(1, source)
@@ -569,23 +572,23 @@ def predict(denoiser, z_t, log_snr, x_pref, no_prefix, sampling, directions, cov
 
     # p(y | z_t) is the mean of p(y | point) over points drawn from p(x | z_t), a Gaussian around x [LGD].
     # The gradient of its log goes on from x to z_t either through the network, or as if the data were
-    # N(m, C): then Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is alpha / sigma^2
-    # times that. (The best linear estimate has this error, so for other data, given the prefix, the true
-    # Cov[x | z_t] is no larger on average.)
+    # N(m, C): then Sigma = Cov[x | z_t] = sigma^2 C (alpha^2 C + sigma^2)^-1, and dx/dz_t is
+    # alpha / sigma^2 times Sigma.
     offsets = normal(rng, (len(x), points, x.shape[1]), x.device)
     if through_network:
         offsets *= (sigma / alpha)[:, None]
     else:
         variance, axes = covariance
-        posterior = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), along the axes
-        offsets = (offsets * posterior.sqrt()[:, None]) @ axes.T
+        spread = sigma**2 * variance / (alpha**2 * variance + sigma**2)  # (B, E), Sigma along its axes
+        offsets = (offsets * spread.sqrt()[:, None]) @ axes.T
     with torch.enable_grad():
         differentiate_by = z_t if through_network else x.requires_grad_()
         cloud = x[:, None] + offsets  # (B, points, E)
         log_p = sum(weight * log_prob(cloud).logsumexp(1) for log_prob, weight in directions)  # + a constant
         (gradient,) = torch.autograd.grad(log_p.sum(), differentiate_by)
     if not through_network:
-        gradient = (gradient @ axes * posterior * alpha / sigma**2) @ axes.T
+        along_axes = gradient @ axes
+        gradient = (along_axes * spread * alpha / sigma**2) @ axes.T
 
     # eps' = eps - sigma gradient, so x' = (z_t - sigma eps') / alpha = x + sigma^2 / alpha gradient
     x = x + sigma**2 / alpha * gradient
@@ -946,8 +949,8 @@ class DGLM:
         """Yields (continuation, its proposal e (E,)) num_samples times for each prefix, in order. A text in
         several parts comes with the mean of its proposals.
 
-        prefixes: a list of texts; one may be empty. Of one that the decoder has no room for, it reads the
-        end. guide: see `parse_guide`. proposal_tokens: a longer text gets a new proposal after so many; 0:
+        prefixes: a list of texts; one may be empty. If one is too long for the decoder, only its end is read.
+        guide: see `parse_guide`. proposal_tokens: a longer text gets a new proposal after so many; 0:
         two thirds of a training window. on_step: see `propose`. options: the fields of `Sampling`. One seed
         fixes everything: each text has random numbers of its own, whatever else is written. Raises
         InputError, at once, for what cannot be used.
@@ -963,7 +966,7 @@ class DGLM:
         parse_guide(guide, self.probes)
 
         prefixes = [clean(prefix.rstrip()) for prefix in prefixes]
-        rows = [(number, sample) for number in range(len(prefixes)) for sample in range(num_samples)]
+        rows = [(number, k) for number in range(len(prefixes)) for k in range(num_samples)]
         batches = (
             self.write_in_parts(
                 [prefixes[number] for number, _ in rows[start : start + batch_size]],

@@ -105,7 +105,7 @@ def divide(rows, labels, share):
 
 
 def fit(e, labels, balance, surer=1):
-    """Fits a logistic regression to unit embeddings e (N, E) -> a Probe. surer: times the inverse penalty."""
+    """Fits a logistic regression to unit embeddings e (N, E) -> a Probe. surer: times its inverse penalty."""
     C = (inverse_penalty or 300 / len(e)) * surer
     class_weight = "balanced" if balance else None
     found = LogisticRegression(C=C, max_iter=max_iter, class_weight=class_weight).fit(e, labels)
@@ -143,7 +143,8 @@ def find_weights(model, e, texts, labels, balance):
             p = judging.log_prob(model.encode(list(written)).cpu())[:, index].exp()
             p_at[w] = p.mean().item()
             groups = torch.stack(proposals).view(12, 4, -1)
-            cosine = ((groups @ groups.mT).sum((1, 2)).mean().item() - 4) / 12  # of 12 pairs in a group
+            cosines = groups @ groups.mT  # (12, 4, 4)
+            cosine = cosines[:, ~torch.eye(4, dtype=torch.bool)].mean().item()  # of different texts
             tqdm.write(f"  {label:16}{w:8}{p_at[w]:10.2f}{cosine:9.2f}")
             if w and p_at[w] > 0.95:
                 break

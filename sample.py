@@ -31,7 +31,9 @@ out_dir = ""  # the model: a folder, or owner/model of the hub; default pretrain
 steps = Sampling.steps  # diffusion steps: 4 for dpm++, many for ddim and ddpm; the paper: 250
 sampler = Sampling.sampler  # dpm++, ddim or ddpm; the paper: ddpm
 cfg_scale = Sampling.cfg_scale  # classifier-free guidance: above 1 follows the prefix more; the paper: 1
-guide_through = Sampling.guide_through  # estimate, or network: through the diffusion too; the paper's
+guide_through = (
+    Sampling.guide_through
+)  # estimate, or network: also backpropagate through the diffusion, as the paper
 sigma2 = Sampling.sigma2  # noise on the proposal, from 0 (obey it) to 1 (ignore it)
 temperature = Sampling.temperature  # 0 takes the likeliest token; the paper: 1
 top_k = Sampling.top_k  # draw from so many likeliest tokens; 0: from all

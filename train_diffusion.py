@@ -104,7 +104,8 @@ def main(settings):
     start = 0
     history = []
     num_rows = data.size["train"]
-    (x,) = data.rows("train", np.arange(0, num_rows, math.ceil(num_rows / 50_000)), ("cont_emb",), "cpu")
+    some = np.arange(0, num_rows, math.ceil(num_rows / 50_000))
+    (x,) = data.rows("train", some, ("cont_emb",), "cpu")
     covariance = Covariance(*torch.linalg.eigh(x.T.cov()))  # for guides at the estimate
 
     def save_model():

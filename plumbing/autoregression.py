@@ -13,8 +13,9 @@ class Reader:
     """A GPT that reads a batch of prompts, then token after token, with a key-value cache.
 
     prompts: lists of tokens, of any lengths (shorter ones are padded on the left). soft_prompt: None, or
-    (B, K, n_embd), inserted after each prompt, or before it with soft_first. eot_row: see `GPT.forward`.
-    An empty prompt without soft tokens becomes <|endoftext|>; of one that is too long, the end is read.
+    (B, K, n_embd), inserted after each prompt (as `model.insert` does in training), or before it with
+    soft_first. eot_row: see `GPT.forward`.
+    An empty prompt without soft tokens becomes <|endoftext|>. If one is too long, only its end is read.
     """
 
     @torch.no_grad()

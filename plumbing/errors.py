@@ -31,7 +31,7 @@ def check_range(name, value, conditions):
 
 @contextmanager
 def reported_as(problem):
-    """Whatever a library raises inside, at a damaged file or without a network, becomes an InputError."""
+    """Turns any exception that a library raises inside, as at a damaged file, into an InputError."""
     try:
         yield
     except InputError:
